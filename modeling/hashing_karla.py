@@ -1,0 +1,237 @@
+"""Addresses of the Engram memory: compressed token ids, prime tables, multiplicative-XOR n-gram hashes.
+
+The hash is the one of "Conditional Memory via Scalable Lookup" (Engram, https://arxiv.org/abs/2601.07372): the last `n`
+compressed token ids are multiplied by odd constants and XORed into one 63-bit `mix`; head `j` addresses row
+`mix mod M_{n,j}`, with a prime `M_{n,j}` of its own. All constants are drawn once, stored with the model as tensors and
+never derived again when a checkpoint is loaded.
+
+A *family* is one way to name what has just been read. An n-gram family names it by its last `order` tokens. Every family
+offers `span` (how many tokens of history it needs, itself included) and `mix` (one 63-bit name per position).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+_MULTIPLIER_SEED_STRIDE = 10007
+_FINGERPRINT_MULTIPLIER = 0x2545F4914F6CDD1D  # odd, below 2^63: spreads the mix over the upper bits
+_LONE_SPACE = "\ue000"
+NO_TOKEN = -1
+
+
+class HashConstants(NamedTuple):
+    """What the addresses depend on; saved with the model.
+
+    Attributes:
+        multipliers: [max order] int64, odd; `multipliers[k]` belongs to the token `k` steps back.
+        primes: [F, H] int64, rows of each table, one table per family and head.
+        offsets: [F, H] int64, first row of each table in the common row space.
+        token_map: [V] int64, compressed id of every token id.
+        pad_id: compressed id that is hashed where there is no token (before the first, or at a masked position).
+    """
+
+    multipliers: torch.Tensor
+    primes: torch.Tensor
+    offsets: torch.Tensor
+    token_map: torch.Tensor
+    pad_id: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables together."""
+        return int(self.primes.sum())
+
+
+class NgramFamily(NamedTuple):
+    """Names a position by its last `order` compressed token ids.
+
+    Attributes:
+        order: number of tokens, >= 1.
+        weight: share of a written correction that goes to this family, > 0.
+    """
+
+    order: int
+    weight: float
+
+    @property
+    def span(self) -> int:
+        """Tokens of history needed, the current one included."""
+        return self.order
+
+    def mix(self, history: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
+        """Hash the suffix n-gram of every position that has `order` tokens before it.
+
+        mix_t = XOR_{k < order} x_{t-k} * m_k (Engram, section 2.2; no product exceeds 63 bits).
+
+        Args:
+            history: [B, N] int64 compressed ids, oldest first.
+            multipliers: [max order] int64.
+
+        Returns:
+            [B, N - order + 1] int64, non-negative; entry `i` belongs to position `order - 1 + i`.
+
+        Example:
+            >>> NgramFamily(2, 1.0).mix(torch.tensor([[5, 6, 7]]), torch.tensor([1, 3])).tolist()
+            [[9, 21]]
+        """
+        length = history.shape[1] - self.order + 1
+        mixed = history[:, self.order - 1 :] * multipliers[0]
+        for k in range(1, self.order):
+            start = self.order - 1 - k
+            mixed = mixed ^ (history[:, start : start + length] * multipliers[k])
+        return mixed
+
+
+def compress_vocabulary(tokenizer, vocab_size: int) -> torch.Tensor:
+    """Map token ids that a reader would call the same word to one id (Engram, section 2.2).
+
+    A token's text is NFKC- and NFD-normalised, stripped of accents, lower-cased, its white space collapsed and stripped
+    (a lone space stays one); tokens that are no valid text by themselves keep their raw form. Ids are dense, in the
+    order of first appearance.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        vocab_size: rows of the model's embedding; ids beyond the tokenizer's keep an id of their own.
+
+    Returns:
+        [vocab_size] int64.
+    """
+    count = min(len(tokenizer), vocab_size)
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(count)]
+    raw = tokenizer.convert_ids_to_tokens(list(range(count)))
+    ids: dict[str, int] = {}
+    mapped = [
+        ids.setdefault(name if "�" in text else _normalised(text), len(ids))
+        for text, name in zip(texts, raw, strict=True)
+    ]
+    mapped += range(len(ids), len(ids) + vocab_size - count)
+    return torch.tensor(mapped, dtype=torch.int64)
+
+
+def _normalised(text: str) -> str:
+    form = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
+    form = "".join(char.lower() for char in form if unicodedata.category(char) != "Mn")
+    for blank in "\t\r\n":
+        form = form.replace(blank, " ")
+    while "  " in form:
+        form = form.replace("  ", " ")
+    form = _LONE_SPACE if form == " " else form.strip()
+    return form.replace(_LONE_SPACE, " ") or text
+
+
+def hash_constants(
+    orders: list[int], num_heads: int, rows_per_head: int, token_map: torch.Tensor, pad_id: int, seed: int
+) -> HashConstants:
+    """Draw the constants of a new memory, as the published reference does.
+
+    Multipliers are odd, `2r + 1` with `r` uniform in [0, (2^63 - 1) / V' / 2) from `numpy.random.default_rng`, so that
+    no product with a compressed id overflows. Table sizes are consecutive primes >= `rows_per_head`, all distinct.
+
+    Args:
+        orders: n-gram order of every family.
+        num_heads: tables per family.
+        rows_per_head: least number of rows of a table.
+        token_map: [V] int64, see `compress_vocabulary`.
+        pad_id: token id (not compressed) that stands for "no token".
+        seed: seed of the multipliers; the reference's `seed + 10007 * layer` with layer 0.
+
+    Returns:
+        The constants, on the CPU.
+
+    Example:
+        >>> constants = hash_constants([2, 3], 2, 10, torch.arange(50), 0, seed=0)
+        >>> constants.primes.tolist(), constants.offsets.tolist()
+        ([[11, 13], [17, 19]], [[0, 11], [24, 41]])
+    """
+    return HashConstants(
+        multipliers=torch.from_numpy(_multipliers(max(orders), int(token_map.max()) + 1, seed)),
+        primes=(primes := _distinct_primes(len(orders), num_heads, rows_per_head)),
+        offsets=(primes.flatten().cumsum(0) - primes.flatten()).view_as(primes),
+        token_map=token_map,
+        pad_id=int(token_map[pad_id]),
+    )
+
+
+def _multipliers(count: int, vocab_size: int, seed: int, layer: int = 0) -> np.ndarray:
+    half_bound = max(1, (np.iinfo(np.int64).max // vocab_size) // 2)
+    generator = np.random.default_rng(seed + _MULTIPLIER_SEED_STRIDE * layer)
+    return generator.integers(0, half_bound, size=(count,), dtype=np.int64) * 2 + 1
+
+
+def _distinct_primes(num_families: int, num_heads: int, at_least: int) -> torch.Tensor:
+    found: list[int] = []
+    candidate = max(2, at_least)
+    while len(found) < num_families * num_heads:
+        if all(candidate % divisor for divisor in range(2, int(candidate**0.5) + 1)):
+            found.append(candidate)
+        candidate += 1
+    return torch.tensor(found, dtype=torch.int64).view(num_families, num_heads)
+
+
+class Names(NamedTuple):
+    """Where positions live in the memory.
+
+    Attributes:
+        rows: [..., F, H] int64 row addresses in [0, `HashConstants.num_rows`).
+        fingerprints: [..., F] int16, sixteen further bits of the name that tell whose a row is; 0 where a position has
+            no name because fewer tokens precede it than the shortest family needs.
+    """
+
+    rows: torch.Tensor
+    fingerprints: torch.Tensor
+
+    def select(self, index) -> Names:
+        """The names at `index` along the first dimension."""
+        return Names(self.rows[index], self.fingerprints[index])
+
+
+def name_positions(history: torch.Tensor, families: list[NgramFamily], constants: HashConstants) -> Names:
+    """Name every position of a text by every family.
+
+    Args:
+        history: [B, S - 1 + T] int64 compressed ids, `NO_TOKEN` where there is none; the first S - 1, with S the longest
+            span, are context only.
+        families: the F families.
+        constants: see `HashConstants`.
+
+    Returns:
+        Names with leading shape [B, T].
+    """
+    length = history.shape[1] - max(family.span for family in families) + 1
+    missing = history == NO_TOKEN
+    tokens = history.masked_fill(missing, constants.pad_id)
+    mix = torch.stack([family.mix(tokens, constants.multipliers)[:, -length:] for family in families], dim=-1)
+    shortest = min(family.span for family in families)
+    unnamed = missing.unfold(1, shortest, 1).any(-1)[:, -length:, None]
+    return Names(row_addresses(mix, constants), fingerprints(mix).masked_fill_(unnamed, 0))
+
+
+def row_addresses(mix: torch.Tensor, constants: HashConstants) -> torch.Tensor:
+    """Rows that a name addresses, one per head: offset + mix mod prime.
+
+    Args:
+        mix: [..., F] int64 from `mix_families`.
+        constants: see `HashConstants`.
+
+    Returns:
+        [..., F, H] int64 in [0, `constants.num_rows`).
+    """
+    return mix[..., None] % constants.primes + constants.offsets
+
+
+def fingerprints(mix: torch.Tensor) -> torch.Tensor:
+    """Sixteen further bits of a name, kept beside a row to tell whose it is.
+
+    Args:
+        mix: [..., F] int64.
+
+    Returns:
+        [..., F] int16, never 0 (0 marks an empty row).
+    """
+    bits = ((mix * _FINGERPRINT_MULTIPLIER) >> 47).to(torch.int16)
+    return torch.where(bits == 0, torch.ones_like(bits), bits)
