@@ -1,3 +1,24 @@
-"""A frozen language model with a memory that learns by reading and a head that thinks."""
+"""karla-hf: a frozen language model with a memory that learns by reading and a head that thinks."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from karla_hf.backbones import load_backbone, load_tokenizer
+from karla_hf.modeling.configuration_karla import KarlaConfig
+from karla_hf.modeling.modeling_karla import KarlaForCausalLM, KarlaModel
+from karla_hf.modeling.reading_karla import ReadReport
+
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "KarlaConfig",
+    "KarlaForCausalLM",
+    "KarlaModel",
+    "ReadReport",
+    "load_backbone",
+    "load_tokenizer",
+]
+
+AutoConfig.register("karla", KarlaConfig, exist_ok=True)
+AutoModel.register(KarlaConfig, KarlaModel, exist_ok=True)
+AutoModelForCausalLM.register(KarlaConfig, KarlaForCausalLM, exist_ok=True)

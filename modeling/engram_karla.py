@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from .hashing_karla import NO_TOKEN, HashConstants, Names, NgramFamily
+from .hashing_karla import NO_TOKEN, HashConstants, Names, NgramFamily, hash_constants
 
 
 class WriteRule(NamedTuple):
@@ -178,6 +178,23 @@ class Engram:
         return memory
 
 
+def new_engram(config, token_map: torch.Tensor, pad_id: int) -> Engram:
+    """An empty memory with constants drawn from the seed of a `KarlaConfig`.
+
+    Args:
+        config: the configuration.
+        token_map: [V] int64 compressed ids, see `compress_vocabulary`.
+        pad_id: token id that stands for "no token" in a hash.
+    """
+    families = [NgramFamily(family["order"], family["weight"]) for family in config.engram_families]
+    heads, width, hidden = config.engram_num_heads, config.engram_head_dim, config.text_config.hidden_size
+    orders = [family.order for family in families]
+    constants = hash_constants(orders, heads, config.engram_rows_per_head, token_map, pad_id, config.engram_seed)
+    generator = torch.Generator().manual_seed(config.engram_seed)
+    shuffled = [torch.randperm(hidden, generator=generator)[: heads * width] for _ in families]
+    return Engram(constants, families, torch.stack(shuffled).view(-1, heads, width), hidden)
+
+
 class WriteResult(NamedTuple):
     """What a write did.
 
@@ -192,6 +209,7 @@ class WriteResult(NamedTuple):
     written: torch.Tensor
 
 
+@torch.no_grad()
 def write_chunk(
     engram: Engram,
     table: EngramTable,

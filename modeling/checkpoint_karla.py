@@ -1,0 +1,135 @@
+"""Saving and loading: a checkpoint holds memory and head, and names the frozen backbone instead of carrying it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import cached_file, logging
+
+from .backbone_karla import load_backbone, resolve_backbone
+from .packs_karla import load_engram, save_engram
+
+
+logger = logging.get_logger(__name__)
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config")
+
+
+class KarlaCheckpointMixin:
+    """`from_pretrained` and `save_pretrained` of the Karla models."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone_kwargs=None, **kwargs):
+        """Load memory and head, and the backbone that the checkpoint names.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub name.
+            config: configuration to use instead of the saved one.
+            backbone_kwargs: arguments for loading the backbone alone; they go before those in `kwargs`.
+            kwargs: as in transformers. `dtype`, `device_map` and `attn_implementation` reach the backbone as well;
+                `quantization_config` reaches the backbone only.
+
+        Raises:
+            OSError: if a file is missing or damaged, or the backbone is found nowhere.
+            ValueError: if memory and backbone do not fit each other.
+        """
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+        loading_info = kwargs.pop("output_loading_info", False)
+        backbone = {key: kwargs[key] for key in _BACKBONE_ARGUMENTS if kwargs.get(key) is not None}
+        backbone.update(backbone_kwargs or {})
+        kwargs.pop("quantization_config", None)
+        by_reference = not config.backbone_included
+        options = {"init_backbone": False} if by_reference else {}
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **options, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights in {pretrained_model_name_or_path} are damaged ({error}); restore them from a good copy."
+            ) from error
+        if by_reference:
+            model.load_named_backbone(**backbone)
+        find = functools.partial(_find, str(pretrained_model_name_or_path), hub)
+        loaded = load_engram(find, config.text_config.hidden_size, config.text_config.vocab_size)
+        if loaded is not None:
+            model.set_engram(*loaded)
+        return (model, info) if loading_info else model
+
+    def load_named_backbone(self, **kwargs) -> None:
+        """Load and attach the backbone that the configuration names. Arguments as in `load_backbone`."""
+        config = self.config
+        if "quantization_config" not in kwargs and config.backbone_quantization is not None:
+            kwargs["quantization"] = config.backbone_quantization
+        name, revision = config.base_model_name_or_path, config.base_model_revision
+        self.attach_backbone(load_backbone(name, revision=revision, **kwargs))
+        source = resolve_backbone(name, revision=revision).source
+        if source != config.base_model_source:
+            logger.warning(
+                f"Memory and head were made on {config.base_model_source or 'the official weights'} of {name}, but "
+                f"{source or 'the official weights'} were loaded; logits differ slightly."
+            )
+
+    def save_pretrained(self, save_directory, *, include_backbone=None, state_dict=None, push_to_hub=False, **kwargs):
+        """Save memory and head, and the backbone only if asked.
+
+        Everything is written beside the target first and moved there file by file, so a full disk leaves what was there.
+
+        Args:
+            save_directory: the folder.
+            include_backbone: whether to save the backbone's weights too; None keeps what the model was loaded with.
+            state_dict: weights to save instead of the model's; those of the backbone are dropped unless included.
+            push_to_hub: whether to upload the folder afterwards.
+            kwargs: as in transformers.
+        """
+        include = self.config.backbone_included if include_backbone is None else include_backbone
+        if include and self.config.backbone_quantization is not None:
+            raise ValueError(
+                "include_backbone=True, but the backbone is quantised and its packed weights do not reload exactly; save "
+                "without it, or load the model with backbone_quantization=None."
+            )
+        if not include and self.config.base_model_name_or_path is None:
+            raise ValueError(
+                "The backbone has no name to load it by, so a checkpoint without it could not be loaded; use "
+                "include_backbone=True."
+            )
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        before = self.config.backbone_included
+        self.config.backbone_included = include
+        try:
+            with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+                super().save_pretrained(staging, state_dict=self._own_state(state_dict, include), **kwargs)
+                for path in Path(staging).iterdir():
+                    os.replace(path, target / path.name)
+        except SafetensorError as error:
+            raise OSError(f"{target} cannot be written ({error}); what was there before is unchanged.") from error
+        finally:
+            self.config.backbone_included = before
+        if kwargs.get("is_main_process", True):
+            self.save_memory(target)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+
+    def save_memory(self, save_directory) -> None:
+        """Save the packs alone, in the folder `engram` of a checkpoint. Raises OSError if it cannot be written."""
+        save_engram(self.engram, save_directory, self.tokenizer_sha256)
+
+    def _own_state(self, state_dict: dict[str, torch.Tensor] | None, include_backbone: bool):
+        if include_backbone:
+            return state_dict
+        if state_dict is None:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
+            prefix = self.head_prefix
+            return self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
+        return {name: tensor for name, tensor in state_dict.items() if name.startswith(self.head_prefix)}
+
+
+def _find(checkpoint: str, hub: dict, name: str) -> str | None:
+    return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub)

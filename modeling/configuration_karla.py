@@ -1,0 +1,192 @@
+"""Configuration of Karla: which frozen backbone, which memory, which head."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_karla.KarlaConfig",
+    "AutoModel": "modeling_karla.KarlaModel",
+    "AutoModelForCausalLM": "modeling_karla.KarlaForCausalLM",
+}
+DEFAULT_FAMILIES = (
+    {"kind": "ngram", "order": 4, "weight": 0.1},
+    {"kind": "ngram", "order": 6, "weight": 0.2},
+    {"kind": "ngram", "order": 12, "weight": 0.3},
+    {"kind": "ngram", "order": 24, "weight": 0.4},
+)
+
+
+@strict
+class KarlaConfig(PreTrainedConfig):
+    r"""Configuration of `KarlaModel` and `KarlaForCausalLM`.
+
+    Args:
+        text_config: configuration of the frozen backbone (L0).
+        base_model_name_or_path: where the backbone comes from when the checkpoint does not hold it.
+        base_model_revision: its revision on the Hub.
+        base_model_source: set when the backbone was a converted copy instead of the official weights.
+        backbone_quantization: `"nf4"`, `"int8"` or arguments of `BitsAndBytesConfig` for the backbone, or None.
+        backbone_included: whether the checkpoint holds the backbone's weights itself.
+        engram_families: address families of the memory (L1), each `{"kind": "ngram", "order": n, "weight": w}`; the
+            weights are the shares of a written correction.
+        engram_num_heads: tables per family.
+        engram_head_dim: coordinates of the hidden state per head; None takes 64, or what fits.
+        engram_rows_per_head: least number of rows per table (the next unused prime is taken).
+        engram_seed: seed of hash multipliers and coordinates, used once, when a model is made.
+        ctm_num_ticks: S, ticks of thought per position (L2).
+        ctm_hidden_size: E, width of queries, keys and values.
+        ctm_num_heads: attention heads.
+        ctm_num_neurons: N, neurons of the Continuous Thought Machine; 0 leaves it out.
+        ctm_history_length: M, past pre-activations that a neuron sees.
+        ctm_neuron_hidden_size: hidden units of each neuron's own model.
+        ctm_num_pairs: P, synchronised pairs of neurons, for queries and for the output each.
+        ctm_num_self_pairs: pairs that are a neuron with itself.
+        ctm_stream_size: hidden units of the looped residual stream's MLP; 0 leaves the stream out.
+        ctm_window: W, positions that a position may attend to, itself included.
+        ctm_num_registers: learned keys and values beside the window.
+        ctm_source_layers: backbone layers whose states become keys and values, 0 for the embeddings; None takes
+            embeddings, 1/4, 1/2, 3/4 and last.
+        ctm_seed: seed of the pairs, used once, when a model is made.
+        ctm_packed: whether ternary weights are stored with 2 bits each.
+        certainty_threshold: certainty in [0, 1] at which a position stops thinking; None never stops early.
+        certainty_candidates: tokens over which certainty is measured.
+        tick_loss: how a thought is trained and answered. `"last"`: loss and answer at the last tick; this is what TRL's
+            trainers do. `"two_tick"`: the CTM's loss on the best and the most certain tick of every position, and the
+            most certain tick answers.
+
+    Example:
+        >>> config = KarlaConfig(ctm_num_ticks=4)
+        >>> config.ctm_num_ticks, config.engram_families[0]["order"]
+        (4, 4)
+    """
+
+    model_type = "karla"
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, "llama")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_source: str | None = None
+    backbone_quantization: str | dict | None = None
+    backbone_included: bool = True
+
+    engram_families: list[dict] | tuple[dict, ...] = DEFAULT_FAMILIES
+    engram_num_heads: int = 8
+    engram_head_dim: int | None = None
+    engram_rows_per_head: int = 65536
+    engram_seed: int = 0
+
+    ctm_num_ticks: int = 10
+    ctm_hidden_size: int = 512
+    ctm_num_heads: int = 8
+    ctm_num_neurons: int = 256
+    ctm_history_length: int = 8
+    ctm_neuron_hidden_size: int = 16
+    ctm_num_pairs: int = 256
+    ctm_num_self_pairs: int = 32
+    ctm_stream_size: int = 1024
+    ctm_window: int = 128
+    ctm_num_registers: int = 4
+    ctm_source_layers: list[int] | None = None
+    ctm_seed: int = 0
+    ctm_packed: bool = False
+    certainty_threshold: float | None = None
+    certainty_candidates: int = 64
+    tick_loss: str = "last"
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        text = self.text_config
+        self.engram_families = [dict(family) for family in self.engram_families]
+        if self.engram_head_dim is None:
+            self.engram_head_dim = min(64, text.hidden_size // self.engram_num_heads)
+        if self.ctm_source_layers is None:
+            layers = text.num_hidden_layers
+            self.ctm_source_layers = sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers})
+        if "tie_word_embeddings" not in kwargs:
+            self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+
+    def validate_memory(self):
+        """Check the `engram_` fields."""
+        if not self.engram_families:
+            raise ValueError("`engram_families` is empty, but the memory needs at least one; give an n-gram family.")
+        for family in self.engram_families:
+            if set(family) != {"kind", "order", "weight"} or family["kind"] != "ngram":
+                raise ValueError(
+                    f"`engram_families` holds {family}; each family is "
+                    '{"kind": "ngram", "order": int >= 1, "weight": float > 0}.'
+                )
+            if family["order"] < 1 or family["weight"] <= 0:
+                raise ValueError(f"`engram_families` holds {family}; give an order >= 1 and a weight > 0.")
+        for name in ("engram_num_heads", "engram_rows_per_head"):
+            self._at_least(name, 1)
+        hidden = getattr(self.text_config, "hidden_size", None)
+        if hidden is not None and self.engram_head_dim is not None:
+            self._at_least("engram_head_dim", 1)
+            if self.engram_num_heads * self.engram_head_dim > hidden:
+                raise ValueError(
+                    f"`engram_num_heads` * `engram_head_dim` is {self.engram_num_heads * self.engram_head_dim}, but the "
+                    f"hidden state has {hidden} coordinates; lower one of them."
+                )
+
+    def validate_head(self):
+        """Check the `ctm_` fields, certainty and the loss."""
+        for name in ("ctm_num_ticks", "ctm_num_heads", "ctm_window", "ctm_num_registers"):
+            self._at_least(name, 1)
+        self._at_least("certainty_candidates", 2)
+        for name in ("ctm_num_neurons", "ctm_stream_size", "ctm_num_self_pairs"):
+            self._at_least(name, 0)
+        if not self.ctm_num_neurons and not self.ctm_stream_size:
+            raise ValueError("`ctm_num_neurons` and `ctm_stream_size` are both 0, which leaves no head; give one of them.")
+        if self.ctm_num_neurons:
+            for name in ("ctm_history_length", "ctm_neuron_hidden_size", "ctm_num_pairs"):
+                self._at_least(name, 1)
+        if self.ctm_num_self_pairs > self.ctm_num_pairs:
+            raise ValueError(
+                f"`ctm_num_self_pairs` is {self.ctm_num_self_pairs}, more than `ctm_num_pairs` "
+                f"({self.ctm_num_pairs}); lower it."
+            )
+        if self.ctm_hidden_size % (2 * self.ctm_num_heads):
+            raise ValueError(
+                f"`ctm_hidden_size` is {self.ctm_hidden_size}; give a multiple of 2 * `ctm_num_heads` "
+                f"({2 * self.ctm_num_heads}), since heads hold rotated pairs."
+            )
+        if self.certainty_threshold is not None and not 0.0 <= self.certainty_threshold <= 1.0:
+            raise ValueError(
+                f"`certainty_threshold` is {self.certainty_threshold}; give a number from 0 to 1, or None to never stop."
+            )
+        if self.tick_loss not in ("two_tick", "last"):
+            raise ValueError(f"`tick_loss` is {self.tick_loss!r}; give 'two_tick' or 'last'.")
+        layers = getattr(self.text_config, "num_hidden_layers", None)
+        if layers is not None and self.ctm_source_layers is not None:
+            if not self.ctm_source_layers or not all(0 <= layer <= layers for layer in self.ctm_source_layers):
+                raise ValueError(
+                    f"`ctm_source_layers` is {self.ctm_source_layers}; give layers from 0 (embeddings) to {layers}."
+                )
+
+    def _at_least(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise ValueError(f"`{name}` is {getattr(self, name)}; give {least} or more.")
+
+
+def check_config_keys(keys) -> None:
+    """Refuse keys that are no fields of `KarlaConfig`; a configuration itself keeps unknown keys without a word.
+
+    Args:
+        keys: names given by a user.
+
+    Raises:
+        ValueError: naming the unknown keys and those allowed.
+
+    Example:
+        >>> check_config_keys(["ctm_num_ticks"])
+    """
+    fields = {name for name in KarlaConfig.__annotations__ if name.startswith(("engram_", "ctm_", "certainty_", "tick_"))}
+    unknown = sorted(set(keys) - fields)
+    if unknown:
+        raise ValueError(f"Unknown model options {unknown}; the options are {sorted(fields)}.")

@@ -1,0 +1,245 @@
+"""The head that thinks (L2): a Continuous Thought Machine beside a looped residual stream, in ternary linears.
+
+One tick of the Continuous Thought Machine (https://arxiv.org/abs/2505.05522), for every position on its own:
+
+    s^a_t = synchronisation of the neurons so far        q_t = W_q s^a_t        o_t = attention(q_t, keys, values)
+    a_t = LayerNorm(GLU(W_syn [o_t, z_{t-1}]))           z_t = NLM_n(last M values of a_n), a small model per neuron n
+    s^o_t = synchronisation including z_t                delta_t = W_up RMSNorm(s^o_t)
+
+and beside it one turn of a residual attention + MLP block whose weights are shared over ticks:
+
+    r <- r + W_o attention(W_r r)        r <- r + w_t,  w_t = W_2 SiLU(W_1 r)        delta_t += sum of w up to t
+
+The answer is `state + delta_t`. W_up and W_2 start at zero, so a new head changes nothing. Every linear is a `BitLinear`
+with an RMSNorm without weight on its input; neuron models, synchronisation and start states are float.
+Nothing is carried from one position to the next, so prompt positions need keys and values but no ticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention_karla import SourceMemory, WindowBlocks, rotate
+from .bitlinear_karla import BitLinear
+
+
+class Synchronisation(nn.Module):
+    """Decaying correlation of pairs of neurons over ticks.
+
+    alpha_t = r alpha_{t-1} + z_i z_j,   beta_t = r beta_{t-1} + 1,   s_t = alpha_t / sqrt(beta_t),   r = exp(-softplus(rho))
+    (CTM, section 2.4, with the decay reparametrised so that it is positive without clamping).
+
+    Args:
+        num_neurons: N.
+        num_pairs: P.
+        num_self_pairs: pairs with i = j.
+        generator: source of the pairs; they are saved with the model.
+    """
+
+    def __init__(self, num_neurons: int, num_pairs: int, num_self_pairs: int, generator: torch.Generator):
+        super().__init__()
+        left = torch.randint(num_neurons, (num_pairs,), generator=generator, device="cpu")
+        right = torch.randint(num_neurons, (num_pairs,), generator=generator, device="cpu")
+        right[:num_self_pairs] = left[:num_self_pairs]
+        self.register_buffer("left", left)
+        self.register_buffer("right", right)
+        self.decay = nn.Parameter(torch.empty(num_pairs))
+
+    def step(self, state: SyncState | None, z: torch.Tensor) -> SyncState:
+        """Take in one tick. `z` is [n, N] activations; nothing is modified."""
+        product = (z[:, self.left] * z[:, self.right]).to(self.decay.dtype)
+        if state is None:
+            return SyncState(product, torch.ones_like(self.decay))
+        keep = torch.exp(-nn.functional.softplus(self.decay))
+        return SyncState(keep * state.alpha + product, keep * state.beta + 1.0)
+
+
+class SyncState(NamedTuple):
+    """Running sums of a `Synchronisation`: alpha [n, P], beta [P]."""
+
+    alpha: torch.Tensor
+    beta: torch.Tensor
+
+    @property
+    def value(self) -> torch.Tensor:
+        """s = alpha / sqrt(beta), [n, P]."""
+        return self.alpha * self.beta.rsqrt()
+
+
+class NeuronModels(nn.Module):
+    """A small model of its own for every neuron, over its last M pre-activations.
+
+    GLU(B_n GLU(A_n x + a_n) + b_n), as the CTM's neuron-level models of depth two.
+
+    Args:
+        num_neurons: N.
+        history: M.
+        hidden_size: hidden units.
+    """
+
+    def __init__(self, num_neurons: int, history: int, hidden_size: int):
+        super().__init__()
+        self.weight_in = nn.Parameter(torch.empty(num_neurons, 2 * hidden_size, history))
+        self.bias_in = nn.Parameter(torch.zeros(num_neurons, 2 * hidden_size, 1))
+        self.weight_out = nn.Parameter(torch.empty(num_neurons, 2, hidden_size))
+        self.bias_out = nn.Parameter(torch.zeros(num_neurons, 2, 1))
+
+    def forward(self, history: list[torch.Tensor]) -> torch.Tensor:
+        """Activations [n, N] from the last M pre-activations, each [N, n], oldest first."""
+        x = torch.stack(history, dim=1)  # [N, M, n]
+        hidden = nn.functional.glu(torch.baddbmm(self.bias_in, self.weight_in, x), dim=1)
+        return nn.functional.glu(torch.baddbmm(self.bias_out, self.weight_out, hidden), dim=1)[:, 0].t()
+
+
+class Thought(NamedTuple):
+    """State of n positions between two ticks; None where a part is switched off.
+
+    Attributes:
+        z: [n, N] activations.
+        history: M pre-activations, each [N, n].
+        action: synchronisation that asks.
+        output: synchronisation that answers.
+        stream: [n, D] residual stream.
+        writes: [n, D] sum of the stream's MLP writes.
+    """
+
+    z: torch.Tensor | None = None
+    history: list[torch.Tensor] | None = None
+    action: SyncState | None = None
+    output: SyncState | None = None
+    stream: torch.Tensor | None = None
+    writes: torch.Tensor | None = None
+
+
+class KarlaHead(nn.Module):
+    """The head of a Karla. See the module's description for the equations.
+
+    Args:
+        config: a `KarlaConfig`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, size, packed = config.text_config.hidden_size, config.ctm_hidden_size, config.ctm_packed
+        self.num_heads, self.history_length = config.ctm_num_heads, config.ctm_history_length
+        self.memory = SourceMemory(
+            width, size, self.num_heads, len(config.ctm_source_layers), config.ctm_num_registers, packed
+        )
+        self.has_neurons, self.has_stream = config.ctm_num_neurons > 0, config.ctm_stream_size > 0
+        self.gradient_checkpointing = False
+        if self.has_neurons:
+            neurons, pairs = config.ctm_num_neurons, config.ctm_num_pairs
+            generator = torch.Generator().manual_seed(config.ctm_seed)
+            self.start = BitLinear(width, neurons, packed=packed)
+            self.start_state = nn.Parameter(torch.empty(neurons))
+            self.start_history = nn.Parameter(torch.empty(neurons, self.history_length))
+            self.action_sync = Synchronisation(neurons, pairs, config.ctm_num_self_pairs, generator)
+            self.output_sync = Synchronisation(neurons, pairs, config.ctm_num_self_pairs, generator)
+            self.query = BitLinear(pairs, size, packed=packed)
+            self.synapse = BitLinear(size + neurons, 2 * neurons, packed=packed)
+            self.synapse_norm = nn.LayerNorm(neurons)
+            self.neurons = NeuronModels(neurons, self.history_length, config.ctm_neuron_hidden_size)
+            self.up = BitLinear(pairs, width, packed=packed)
+        if self.has_stream:
+            self.stream_query = BitLinear(width, size, packed=packed)
+            self.stream_out = BitLinear(size, width, packed=packed)
+            self.stream_in = BitLinear(width, config.ctm_stream_size, packed=packed)
+            self.stream_write = BitLinear(config.ctm_stream_size, width, packed=packed)
+
+    @property
+    def zero_initialised(self) -> list[BitLinear]:
+        """The projections through which the head speaks; they start at zero."""
+        return [layer for layer in (getattr(self, "up", None), getattr(self, "stream_write", None)) if layer is not None]
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        blocks: WindowBlocks,
+        position_ids: torch.Tensor,
+        num_ticks: int,
+        on_tick: Callable[[int, torch.Tensor], bool] | None = None,
+    ) -> torch.Tensor:
+        """Think about every position for `num_ticks` ticks.
+
+        Args:
+            state: [B, T', D] what is known before thinking. Not modified.
+            blocks: keys and values of the T' positions.
+            position_ids: [B, T'] int64.
+            num_ticks: S >= 1.
+            on_tick: called after every tick with its number (from 1) and delta [B, T', D]; True ends the thought.
+
+        Returns:
+            delta [B, T', D] of the last tick.
+        """
+        layers = {
+            name: layer.quantized_weight() for name, layer in self.named_children() if isinstance(layer, BitLinear)
+        }
+        flat = state.reshape(-1, state.shape[-1])
+        thought = self._begin(flat, layers)
+        delta = torch.zeros_like(state)
+        for tick in range(1, num_ticks + 1):
+            thought = self._run(thought, blocks, position_ids, layers)
+            if on_tick is None and tick < num_ticks:
+                continue
+            delta = self._answer(thought, layers).view_as(state)
+            if on_tick is not None and on_tick(tick, delta):
+                break
+        return delta
+
+    def _begin(self, state: torch.Tensor, layers: dict) -> Thought:
+        thought = Thought()
+        if self.has_neurons:
+            z = torch.tanh(self.start_state + self.start(state, layers["start"]))
+            history = list(self.start_history.t()[..., None].expand(-1, -1, len(state)))
+            thought = thought._replace(
+                z=z, history=history, action=self.action_sync.step(None, z), output=self.output_sync.step(None, z)
+            )
+        if self.has_stream:
+            thought = thought._replace(stream=state, writes=torch.zeros_like(state))
+        return thought
+
+    def _run(self, thought: Thought, blocks: WindowBlocks, position_ids: torch.Tensor, layers: dict) -> Thought:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._tick, thought, blocks, position_ids, layers, use_reentrant=False)
+        return self._tick(thought, blocks, position_ids, layers)
+
+    def _tick(self, thought: Thought, blocks: WindowBlocks, position_ids: torch.Tensor, layers: dict) -> Thought:
+        queries = []
+        if self.has_neurons:
+            queries.append(self.query(thought.action.value.to(thought.z.dtype), layers["query"]))
+        if self.has_stream:
+            queries.append(self.stream_query(thought.stream, layers["stream_query"]))
+        q = torch.stack(queries, dim=1).view(*position_ids.shape, len(queries), self.num_heads, -1)
+        seen = blocks.attend(rotate(q, position_ids)).flatten(0, 1).unbind(1)
+        if self.has_neurons:
+            thought = self._fire(thought, seen[0], layers)
+        if self.has_stream:
+            stream = thought.stream + self.stream_out(seen[-1], layers["stream_out"])
+            hidden = nn.functional.silu(self.stream_in(stream, layers["stream_in"]))
+            write = self.stream_write(hidden, layers["stream_write"])
+            thought = thought._replace(stream=stream + write, writes=thought.writes + write)
+        return thought
+
+    def _fire(self, thought: Thought, seen: torch.Tensor, layers: dict) -> Thought:
+        mixed = self.synapse(torch.cat([seen, thought.z], dim=-1), layers["synapse"])
+        signal = self.synapse_norm(nn.functional.glu(mixed, dim=-1))
+        history = [*thought.history[1:], signal.t()]
+        z = self.neurons(history)
+        return thought._replace(
+            z=z,
+            history=history,
+            action=self.action_sync.step(thought.action, z),
+            output=self.output_sync.step(thought.output, z),
+        )
+
+    def _answer(self, thought: Thought, layers: dict) -> torch.Tensor:
+        delta = thought.writes
+        if self.has_neurons:
+            spoken = self.up(thought.output.value.to(thought.z.dtype), layers["up"])
+            delta = spoken if delta is None else delta + spoken
+        return delta

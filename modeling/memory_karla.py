@@ -1,0 +1,124 @@
+"""Reading and forgetting: the methods by which a Karla learns without being trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+
+from .packs_karla import check_pack_name
+from .reading_karla import ReadReport, read_texts
+
+
+WINDOWS = {"closed": (32, 16), "open": (512, 256)}
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 of a tokenizer's vocabulary: every token with its id.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256("\n".join(f"{i} {token!r}" for token, i in vocabulary).encode()).hexdigest()
+
+
+class KarlaMemoryMixin:
+    """`read`, `forget`, `packs` and the memory's switch for `KarlaForCausalLM`."""
+
+    @torch.no_grad()
+    def read(
+        self,
+        texts: str | Iterable[str],
+        tokenizer,
+        *,
+        pack: str = "default",
+        context: str = "closed",
+        progress: bool = True,
+    ) -> ReadReport:
+        """Read texts once and write what was surprising into a pack. The backbone and the head are not modified.
+
+        Args:
+            texts: one text or several; each is a document of its own. Nothing is read when one of them is refused.
+            tokenizer: the tokenizer that the memory was made with.
+            pack: name of the pack; made if new, written on if it exists.
+            context: what the backbone sees while reading. `"closed"`: windows of 32 tokens, so that whatever it would
+                not know without the text is stored. `"open"`: windows of 512, which stores only what surprises in
+                context, and reads faster.
+            progress: whether to show a progress bar.
+
+        Returns:
+            The report.
+
+        Raises:
+            ValueError: for an unknown context, a name that no pack can have, no text, a text of fewer than two tokens,
+                or another tokenizer.
+        """
+        check_pack_name(pack)
+        if context not in WINDOWS:
+            raise ValueError(f"context is {context!r}; give one of {sorted(WINDOWS)}.")
+        self._check_tokenizer(tokenizer)
+        encoded = self._encode([texts] if isinstance(texts, str) else list(texts), tokenizer)
+        window, stride = WINDOWS[context]
+        was_training = self.training
+        self.eval()
+        try:
+            return read_texts(
+                encoded,
+                self.engram,
+                self.engram.open_pack(pack),
+                self._closed_states,
+                *self.model.output_projection(),
+                window=window,
+                stride=stride,
+                progress=progress,
+            )
+        finally:
+            self.train(was_training)
+
+    def forget(self, pack: str) -> None:
+        """Remove a pack; what the other packs hold is untouched.
+
+        Raises:
+            KeyError: if there is no such pack.
+        """
+        if pack not in self.engram.packs:
+            raise KeyError(f"There is no pack {pack!r}; the packs are {sorted(self.engram.packs)}.")
+        del self.engram.packs[pack]
+
+    def packs(self) -> dict[str, int]:
+        """Rows that each pack owns, by name, in the order in which the packs were made."""
+        return {name: table.num_owned for name, table in self.engram.packs.items()}
+
+    def use_memory(self, enabled: bool) -> None:
+        """Switch the memory on or off; off, the logits are those of backbone and head alone."""
+        self.engram.enabled = enabled
+
+    def _closed_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        device = self.get_input_embeddings().weight.device
+        out = self.model.backbone(
+            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+        )
+        return out.last_hidden_state
+
+    def _check_tokenizer(self, tokenizer) -> None:
+        expected = self.tokenizer_sha256
+        if expected is not None and tokenizer_hash(tokenizer) != expected:
+            raise ValueError(
+                f"The tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has another vocabulary than the one that this "
+                "memory was made with; use the tokenizer of the backbone."
+            )
+
+    def _encode(self, texts: list[str], tokenizer) -> list[torch.Tensor]:
+        if not texts:
+            raise ValueError("There is no text to read; give at least one.")
+        encoded = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        for number, (text, ids) in enumerate(zip(texts, encoded, strict=True)):
+            if len(ids) < 2:
+                raise ValueError(f"Text {number} ({text[:40]!r}) has {len(ids)} tokens; reading needs 2 or more.")
+        return encoded
