@@ -14,101 +14,115 @@ from torch import nn
 from .bitlinear_karla import BitLinear
 
 
-def rotate(x: torch.Tensor, position_ids: torch.Tensor, theta: float = 1000.0) -> torch.Tensor:
-    """Rotary position embedding (https://arxiv.org/abs/2104.09864), halves rotated against each other.
+def rotations(position_ids: torch.Tensor, width: int, dtype: torch.dtype, theta: float = 1000.0) -> torch.Tensor:
+    """Unit complex numbers of the rotary position embedding (https://arxiv.org/abs/2104.09864).
 
     Args:
-        x: [B, T, ..., d], d even. Not modified.
         position_ids: [B, T] int64.
+        width: d, even.
+        dtype: of what is rotated; float64 gives complex128, everything else complex64.
         theta: base of the wavelengths; 1000 suits windows of some hundred positions.
 
     Returns:
-        As `x`.
+        [B, T, d / 2] complex: exp(i p theta^(-2k/d)).
     """
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = theta ** (-torch.arange(half, dtype=dtype, device=x.device) / half)
-    angle = position_ids.to(dtype)[..., None] * frequency
-    angle = angle.view(*position_ids.shape, *[1] * (x.dim() - 3), half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = theta ** (-torch.arange(width // 2, dtype=real, device=position_ids.device) / (width // 2))
+    angle = position_ids.to(real)[..., None] * frequency
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring pairs of coordinates; `x` [..., d] float is not modified, `turn` broadcasts to [..., d / 2]."""
+    pairs = torch.view_as_complex(x.to(turn.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 class WindowBlocks(NamedTuple):
     """Keys and values cut into blocks of queries, ready for one attention call per tick.
 
     Attributes:
-        keys: [B * N, H, L, d], N blocks of C queries; L = R + (C + W - 1) * S.
+        keys: [B * N, H, L, d], N blocks of C queries; L = R + S * (positions that a block can reach).
         values: as `keys`.
-        mask: [B * N, 1, C, L] bool, True where a query may look.
-        batch: B.
-        length: number T' of query positions, the last ones of the sequence.
+        mask: [B * N, 1, C, L], 0 where a query may look and -inf elsewhere.
+        turn: [B, T', 1, 1, d / 2] complex, rotation of the queries.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     mask: torch.Tensor
-    batch: int
-    length: int
+    turn: torch.Tensor
 
     def attend(self, queries: torch.Tensor) -> torch.Tensor:
         """Scaled dot-product attention of every position over its window.
 
         Args:
-            queries: [B, T', G, H, d].
+            queries: [B, T', G, H, d], not rotated.
 
         Returns:
             [B, T', G, H * d]; each position depends on its own window only.
         """
-        groups, heads, width = queries.shape[2:]
+        batch, length, groups, heads, width = queries.shape
         block = self.mask.shape[2]
-        pad = -self.length % block
-        q = nn.functional.pad(queries, (0, 0, 0, 0, 0, 0, 0, pad))
+        q = rotate(queries, self.turn)
+        if pad := -length % block:
+            q = nn.functional.pad(q, (0, 0, 0, 0, 0, 0, 0, pad))
         q = q.reshape(-1, block * groups, heads, width).transpose(1, 2)
-        mask = self.mask.repeat_interleave(groups, dim=2) if groups > 1 else self.mask
+        mask = self.mask.repeat_interleave(groups, dim=2) if block > 1 else self.mask.expand(-1, -1, groups, -1)
         out = nn.functional.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
-        out = out.transpose(1, 2).reshape(self.batch, self.length + pad, groups, heads * width)
-        return out[:, : self.length]
+        return out.transpose(1, 2).reshape(batch, length + pad, groups, heads * width)[:, :length]
 
 
 def cut_blocks(
-    keys_values: torch.Tensor, valid: torch.Tensor, registers: torch.Tensor, length: int, window: int
+    keys_values: torch.Tensor,
+    valid: torch.Tensor,
+    registers: torch.Tensor,
+    position_ids: torch.Tensor,
+    window: int,
 ) -> WindowBlocks:
     """Cut a sequence of keys and values into blocks of queries that see their last `window` positions.
 
     Args:
-        keys_values: [B, T, S, 2, H, d] of all positions within reach, oldest first. Not modified.
+        keys_values: [B, 2, H, T, S, d] of all positions within reach, oldest first. Not modified.
         valid: [B, T] bool, False at padding.
-        registers: [R, 2, H, d], seen by every query.
-        length: number T' of query positions, the last ones.
+        registers: [2, H, R, d], seen by every query.
+        position_ids: [B, T'] of the queries, which are the last T' positions.
         window: W, positions seen, the query's own included.
 
     Returns:
         The blocks.
     """
-    batch, total = valid.shape
+    (batch, total), length = valid.shape, position_ids.shape[1]
     block = min(length, window)
     blocks = -(-length // block)
     reach = window - 1
     left = reach - (total - length)  # missing positions before the first query's window
-    right = blocks * block - length
     if left < 0:
-        keys_values, valid, left = keys_values[:, -left:], valid[:, -left:], 0
-    keys_values = nn.functional.pad(keys_values, (0, 0, 0, 0, 0, 0, 0, 0, left, right))
-    valid = nn.functional.pad(valid, (left, right))
+        keys_values, valid, left = keys_values[:, :, :, -left:], valid[:, -left:], 0
+    right = blocks * block - length
+    if blocks > 1 or left or right:
+        keys_values = nn.functional.pad(keys_values, (0, 0, 0, 0, left, right))
+        valid = nn.functional.pad(valid, (left, right))
     span = block + reach
-    cut = keys_values.unfold(1, span, block).permute(0, 1, 6, 2, 3, 4, 5)  # [B, N, span, S, 2, H, d]
-    seen = valid.unfold(1, span, block)  # [B, N, span]
-    query = torch.arange(block, device=valid.device)[:, None]
-    key = torch.arange(span, device=valid.device)[None]
-    band = (key >= query) & (key <= query + reach)
-    mask = (seen[:, :, None] & band)[..., None].expand(-1, -1, -1, -1, keys_values.shape[2])
-    mask = nn.functional.pad(mask.reshape(batch * blocks, 1, block, -1), (len(registers), 0), value=True)
-    always = registers.expand(batch * blocks, *registers.shape)
-    cut = torch.cat([always, cut.reshape(batch * blocks, -1, *registers.shape[1:])], dim=1)
-    keys, values = cut.permute(2, 0, 3, 1, 4).unbind(0)
-    return WindowBlocks(keys.contiguous(), values.contiguous(), mask, batch, length)
+    cut = keys_values.unfold(3, span, block).permute(1, 0, 3, 2, 6, 4, 5)  # [2, B, N, H, span, S, d]
+    cut = cut.reshape(2, batch * blocks, cut.shape[3], -1, cut.shape[-1])
+    always = registers[:, None].expand(-1, batch * blocks, -1, -1, -1)
+    keys, values = torch.cat([always, cut], dim=3).unbind(0)
+    mask = _band(valid.unfold(1, span, block), block, reach, keys_values.shape[4], registers.shape[2])
+    turn = rotations(position_ids, keys.shape[-1], keys.dtype)[:, :, None, None]
+    return WindowBlocks(keys, values, mask.to(keys.dtype), turn)
+
+
+def _band(seen: torch.Tensor, block: int, reach: int, num_sources: int, num_registers: int) -> torch.Tensor:
+    """[B * N, 1, C, R + span * S]: 0 within the window and at registers, -inf elsewhere. `seen` is [B, N, span]."""
+    query = torch.arange(block, device=seen.device)[:, None]
+    key = torch.arange(seen.shape[-1], device=seen.device)[None]
+    allowed = seen[:, :, None] & (key >= query) & (key <= query + reach)
+    allowed = (
+        allowed[..., None].expand(-1, -1, -1, -1, num_sources).reshape(-1, 1, block, seen.shape[-1] * num_sources)
+    )
+    allowed = nn.functional.pad(allowed, (num_registers, 0), value=True)
+    return torch.zeros(allowed.shape, device=seen.device).masked_fill_(~allowed, -torch.inf)
 
 
 class SourceMemory(nn.Module):
@@ -132,7 +146,7 @@ class SourceMemory(nn.Module):
         self.num_heads = num_heads
         self.project = BitLinear(hidden_size, 2 * size, packed=packed)
         self.layer_embedding = nn.Parameter(torch.empty(num_sources, 2 * size))
-        self.registers = nn.Parameter(torch.empty(num_registers, 2, num_heads, size // num_heads))
+        self.registers = nn.Parameter(torch.empty(2, num_heads, num_registers, size // num_heads))
 
     def forward(self, sources: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Keys and values of every position.
@@ -142,8 +156,9 @@ class SourceMemory(nn.Module):
             position_ids: [B, T] int64.
 
         Returns:
-            [B, T, S, 2, H, d]; keys are rotated to their position.
+            [B, 2, H, T, S, d]; keys are rotated to their position.
         """
         projected = self.project(sources) + self.layer_embedding.to(sources.dtype)
-        keys, values = projected.unflatten(-1, (2, self.num_heads, -1)).unbind(3)
-        return torch.stack([rotate(keys, position_ids), values], dim=3)
+        keys, values = projected.unflatten(-1, (2, self.num_heads, -1)).permute(3, 0, 4, 1, 2, 5).unbind(0)
+        turn = rotations(position_ids, keys.shape[-1], keys.dtype)[:, None, :, None]  # [B, 1, T, 1, d / 2]
+        return torch.stack([rotate(keys, turn), values], dim=1)

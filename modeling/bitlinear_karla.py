@@ -34,6 +34,16 @@ from .ternary_karla import (
 )
 
 
+DECODE_ROWS = 8  # up to here a call costs more than its arithmetic
+DECODE_MAX_FEATURES = 65536  # the kernel's scratch is on the stack
+
+
+def decode_kernel() -> Callable[..., torch.Tensor] | None:
+    """The compiled kernel that the `karla_hf` package registers, if it did; see there."""
+    namespace = torch.ops.karla_hf
+    return namespace.bitlinear.default if hasattr(namespace, "bitlinear") else None
+
+
 def _ternary_linear(
     x: torch.Tensor, w_q: torch.Tensor, scale: torch.Tensor, eps: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -44,16 +54,17 @@ def _ternary_linear(
     1e-10 eps, where the root mean square is sqrt(eps) up to a relative 5e-11.
     """
     rows = widen(x.reshape(-1, x.shape[-1]))
+    h_q, s_x = quantize_activation(rows, MIN_SCALE if eps is None else MIN_SCALE * math.sqrt(eps))
     inverse_rms = None
     if eps is None:
-        h_q, s_x = quantize_activation(rows)
         inverse_s_x = s_x.reciprocal()
     else:
-        h_q, s_x = quantize_activation(rows, MIN_SCALE * math.sqrt(eps))
-        inverse_rms = rows.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        # In double, so that the order of summation does not show and the compiled kernel gives the same floats.
+        length = torch.linalg.vector_norm(rows, 2, -1, keepdim=True, dtype=torch.float64)
+        inverse_rms = length.square_().mul_(1 / rows.shape[-1]).add_(eps).rsqrt_().to(rows.dtype)
         inverse_s_x = inverse_rms / s_x
     y = int_matmul(h_q, w_q).to(rows.dtype).mul_(inverse_s_x * scale)
-    return y.to(x.dtype).reshape(*x.shape[:-1], w_q.shape[0]), h_q, inverse_s_x, inverse_rms
+    return y.to(x.dtype).view(*x.shape[:-1], w_q.shape[0]), h_q, inverse_s_x, inverse_rms
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -251,6 +262,10 @@ class BitLinear(nn.Module):
         eps, weight = self.eps if self.norm else None, self.weight
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             return _StraightThrough.apply(x, weight, w_q, scale, eps)
+        few = 0 < x.numel() <= DECODE_ROWS * self.in_features and self.in_features <= DECODE_MAX_FEATURES
+        if few and x.is_cpu and x.dtype == torch.float32 and (kernel := decode_kernel()) is not None:
+            floor = MIN_SCALE if eps is None else MIN_SCALE * math.sqrt(eps)
+            return kernel(x, w_q, scale, -1.0 if eps is None else eps, floor)
         return _ternary_linear(x, w_q, scale, eps)[0]
 
 

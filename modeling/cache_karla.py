@@ -18,7 +18,7 @@ class KarlaCacheLayer(CacheLayerMixin):
         slack: further positions that are kept so that `crop` can take back as many.
 
     Attributes:
-        keys: [B, T, S, 2, H, d] the head's keys and values, oldest first; None before the first call.
+        keys: [B, 2, H, T, S, d] the head's keys and values, oldest first; None before the first call.
         values: [B, T] int64 compressed token ids on the CPU, negative at padding.
     """
 
@@ -42,21 +42,21 @@ class KarlaCacheLayer(CacheLayerMixin):
         """Append T new positions; returns all that are within reach of them.
 
         Args:
-            key_states: [B, T, S, 2, H, d] new keys and values.
+            key_states: [B, 2, H, T, S, d] new keys and values.
             value_states: [B, T] int64 new compressed ids, on the CPU.
 
         Returns:
-            Keys and values [B, K + T, S, 2, H, d] and ids [B, K + T] with K <= `keep` earlier positions.
+            Keys and values [B, 2, H, K + T, S, d] and ids [B, K + T] with K <= `keep` earlier positions.
         """
         keys, ids = key_states, value_states
         if self.keys is not None:
-            keys = torch.cat([self.keys[:, -self.keep :], keys], dim=1) if self.keep else keys
-            ids = torch.cat([self.values[:, -self.keep :], ids], dim=1) if self.keep else ids
+            keys = torch.cat([self.keys, keys], dim=3)
+            ids = torch.cat([self.values, ids], dim=1)
         self.seen += value_states.shape[1]
-        stored = self.keep + self.slack
-        self.keys, self.values = keys[:, -stored:], ids[:, -stored:]
+        stored, reach = self.keep + self.slack, self.keep + value_states.shape[1]
+        self.keys, self.values = keys[:, :, :, -stored:], ids[:, -stored:]
         self.is_initialized = True
-        return keys, ids
+        return keys[:, :, :, -reach:], ids[:, -reach:]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As for a full layer; Karla's own attention does not use it."""
@@ -88,7 +88,7 @@ class KarlaCacheLayer(CacheLayerMixin):
                 f"{self.seen} seen; crop less or start from an empty cache."
             )
         self.seen = seen
-        self.keys, self.values = self.keys[:, :left], self.values[:, :left]
+        self.keys, self.values = self.keys[:, :, :, :left], self.values[:, :left]
 
     def reset(self) -> None:
         """Forget everything."""

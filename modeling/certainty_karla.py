@@ -139,6 +139,8 @@ def two_tick_loss(
     position = torch.arange(len(labels), device=labels.device)
     losses = []
     for tick in (best, surest):
-        full = nn.functional.linear((state + deltas[tick, position]).to(output_embeddings.dtype), output_embeddings, bias)
+        full = nn.functional.linear(
+            (state + deltas[tick, position]).to(output_embeddings.dtype), output_embeddings, bias
+        )
         losses.append(nn.functional.cross_entropy(full.float(), labels, reduction="none"))
     return (losses[0] + losses[1]) / 2

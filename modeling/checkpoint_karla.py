@@ -31,8 +31,8 @@ class KarlaCheckpointMixin:
             pretrained_model_name_or_path: a folder or a Hub name.
             config: configuration to use instead of the saved one.
             backbone_kwargs: arguments for loading the backbone alone; they go before those in `kwargs`.
-            kwargs: as in transformers. `dtype`, `device_map` and `attn_implementation` reach the backbone as well;
-                `quantization_config` reaches the backbone only.
+            kwargs: as in transformers, fields of the configuration included. `dtype`, `device_map` and
+                `attn_implementation` reach the backbone as well; `quantization_config` reaches the backbone only.
 
         Raises:
             OSError: if a file is missing or damaged, or the backbone is found nowhere.
@@ -40,7 +40,8 @@ class KarlaCheckpointMixin:
         """
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
+            own = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.config_class.__annotations__}
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub, **own)
         loading_info = kwargs.pop("output_loading_info", False)
         backbone = {key: kwargs[key] for key in _BACKBONE_ARGUMENTS if kwargs.get(key) is not None}
         backbone.update(backbone_kwargs or {})
@@ -49,7 +50,12 @@ class KarlaCheckpointMixin:
         options = {"init_backbone": False} if by_reference else {}
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **options, **kwargs
+                pretrained_model_name_or_path,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                **options,
+                **kwargs,
             )
         except SafetensorError as error:
             raise OSError(
@@ -57,6 +63,12 @@ class KarlaCheckpointMixin:
             ) from error
         if by_reference:
             model.load_named_backbone(**backbone)
+        else:  # loading made new parameters, which train, and no output layer of a bare KarlaModel
+            karla = model.karla_model
+            if config.text_config.tie_word_embeddings:
+                karla._lm_head[0].weight = karla.get_input_embeddings().weight
+            for module in (karla.backbone, *karla._lm_head):
+                module.requires_grad_(False).eval()
         find = functools.partial(_find, str(pretrained_model_name_or_path), hub)
         loaded = load_engram(find, config.text_config.hidden_size, config.text_config.vocab_size)
         if loaded is not None:
@@ -64,12 +76,20 @@ class KarlaCheckpointMixin:
         return (model, info) if loading_info else model
 
     def load_named_backbone(self, **kwargs) -> None:
-        """Load and attach the backbone that the configuration names. Arguments as in `load_backbone`."""
+        """Load and attach the backbone that the configuration names. Arguments and errors as in `load_backbone`."""
         config = self.config
         if "quantization_config" not in kwargs and config.backbone_quantization is not None:
             kwargs["quantization"] = config.backbone_quantization
         name, revision = config.base_model_name_or_path, config.base_model_revision
-        self.attach_backbone(load_backbone(name, revision=revision, **kwargs))
+        backbone = load_backbone(name, revision=revision, **kwargs)
+        for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+            expected, found = getattr(config.text_config, key), getattr(backbone.config, key)
+            if found != expected:
+                raise ValueError(
+                    f"The backbone {name!r} has {key} {found}, but memory and head were made on one with {expected}; use "
+                    "the backbone that they were made on."
+                )
+        self.attach_backbone(backbone)
         source = resolve_backbone(name, revision=revision).source
         if source != config.base_model_source:
             logger.warning(
@@ -90,7 +110,7 @@ class KarlaCheckpointMixin:
             kwargs: as in transformers.
         """
         include = self.config.backbone_included if include_backbone is None else include_backbone
-        if include and self.config.backbone_quantization is not None:
+        if include and not all(parameter.is_floating_point() for parameter in self.karla_model.backbone.parameters()):
             raise ValueError(
                 "include_backbone=True, but the backbone is quantised and its packed weights do not reload exactly; save "
                 "without it, or load the model with backbone_quantization=None."

@@ -1,7 +1,5 @@
 """Configuration of Karla: which frozen backbone, which memory, which head."""
 
-from __future__ import annotations
-
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -94,7 +92,7 @@ class KarlaConfig(PreTrainedConfig):
     ctm_source_layers: list[int] | None = None
     ctm_seed: int = 0
     ctm_packed: bool = False
-    certainty_threshold: float | None = None
+    certainty_threshold: float | int | None = None
     certainty_candidates: int = 64
     tick_loss: str = "last"
 
@@ -102,6 +100,8 @@ class KarlaConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
         text = self.text_config
+        if not isinstance(self.engram_families, (list, tuple)):
+            raise ValueError(f"`engram_families` is {self.engram_families!r}; give a list of families.")
         self.engram_families = [dict(family) for family in self.engram_families]
         if self.engram_head_dim is None:
             self.engram_head_dim = min(64, text.hidden_size // self.engram_num_heads)
@@ -121,8 +121,9 @@ class KarlaConfig(PreTrainedConfig):
                     f"`engram_families` holds {family}; each family is "
                     '{"kind": "ngram", "order": int >= 1, "weight": float > 0}.'
                 )
-            if family["order"] < 1 or family["weight"] <= 0:
-                raise ValueError(f"`engram_families` holds {family}; give an order >= 1 and a weight > 0.")
+            order, weight = family["order"], family["weight"]
+            if not (isinstance(order, int) and order >= 1 and isinstance(weight, int | float) and weight > 0):
+                raise ValueError(f"`engram_families` holds {family}; give an int order >= 1 and a weight > 0.")
         for name in ("engram_num_heads", "engram_rows_per_head"):
             self._at_least(name, 1)
         hidden = getattr(self.text_config, "hidden_size", None)
@@ -136,13 +137,15 @@ class KarlaConfig(PreTrainedConfig):
 
     def validate_head(self):
         """Check the `ctm_` fields, certainty and the loss."""
-        for name in ("ctm_num_ticks", "ctm_num_heads", "ctm_window", "ctm_num_registers"):
+        for name in ("ctm_num_ticks", "ctm_hidden_size", "ctm_num_heads", "ctm_window", "ctm_num_registers"):
             self._at_least(name, 1)
         self._at_least("certainty_candidates", 2)
         for name in ("ctm_num_neurons", "ctm_stream_size", "ctm_num_self_pairs"):
             self._at_least(name, 0)
         if not self.ctm_num_neurons and not self.ctm_stream_size:
-            raise ValueError("`ctm_num_neurons` and `ctm_stream_size` are both 0, which leaves no head; give one of them.")
+            raise ValueError(
+                "`ctm_num_neurons` and `ctm_stream_size` are both 0, which leaves no head; give one of them."
+            )
         if self.ctm_num_neurons:
             for name in ("ctm_history_length", "ctm_neuron_hidden_size", "ctm_num_pairs"):
                 self._at_least(name, 1)
@@ -163,13 +166,16 @@ class KarlaConfig(PreTrainedConfig):
         if self.tick_loss not in ("two_tick", "last"):
             raise ValueError(f"`tick_loss` is {self.tick_loss!r}; give 'two_tick' or 'last'.")
         layers = getattr(self.text_config, "num_hidden_layers", None)
-        if layers is not None and self.ctm_source_layers is not None:
-            if not self.ctm_source_layers or not all(0 <= layer <= layers for layer in self.ctm_source_layers):
-                raise ValueError(
-                    f"`ctm_source_layers` is {self.ctm_source_layers}; give layers from 0 (embeddings) to {layers}."
-                )
+        if layers is None or self.ctm_source_layers is None:
+            return
+        if not self.ctm_source_layers or not all(0 <= layer <= layers for layer in self.ctm_source_layers):
+            raise ValueError(
+                f"`ctm_source_layers` is {self.ctm_source_layers}; give layers from 0 (embeddings) to {layers}."
+            )
 
     def _at_least(self, name: str, least: int) -> None:
+        if not isinstance(getattr(self, name), int):
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a whole number of {least} or more.")
         if getattr(self, name) < least:
             raise ValueError(f"`{name}` is {getattr(self, name)}; give {least} or more.")
 
@@ -186,7 +192,9 @@ def check_config_keys(keys) -> None:
     Example:
         >>> check_config_keys(["ctm_num_ticks"])
     """
-    fields = {name for name in KarlaConfig.__annotations__ if name.startswith(("engram_", "ctm_", "certainty_", "tick_"))}
+    fields = {
+        name for name in KarlaConfig.__annotations__ if name.startswith(("engram_", "ctm_", "certainty_", "tick_"))
+    }
     unknown = sorted(set(keys) - fields)
     if unknown:
         raise ValueError(f"Unknown model options {unknown}; the options are {sorted(fields)}.")

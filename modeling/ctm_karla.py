@@ -10,13 +10,15 @@ and beside it one turn of a residual attention + MLP block whose weights are sha
 
     r <- r + W_o attention(W_r r)        r <- r + w_t,  w_t = W_2 SiLU(W_1 r)        delta_t += sum of w up to t
 
-The answer is `state + delta_t`. W_up and W_2 start at zero, so a new head changes nothing. Every linear is a `BitLinear`
-with an RMSNorm without weight on its input; neuron models, synchronisation and start states are float.
+The answer is `state + delta_t`. W_up and W_2 start at zero, so a new head changes nothing. Every linear is a `BitLinear`,
+with an RMSNorm without weight on its input but for W_o and W_2; neuron models, synchronisation and start states are
+float.
 Nothing is carried from one position to the next, so prompt positions need keys and values but no ticks.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention_karla import SourceMemory, WindowBlocks, rotate
+from .attention_karla import SourceMemory, WindowBlocks
 from .bitlinear_karla import BitLinear
 
 
@@ -32,43 +34,37 @@ class Synchronisation(nn.Module):
     """Decaying correlation of pairs of neurons over ticks.
 
     alpha_t = r alpha_{t-1} + z_i z_j,   beta_t = r beta_{t-1} + 1,   s_t = alpha_t / sqrt(beta_t),   r = exp(-softplus(rho))
-    (CTM, section 2.4, with the decay reparametrised so that it is positive without clamping).
+    (CTM, section 2.4, with the decay reparametrised so that it is positive without clamping). The first half of the
+    pairs asks (action), the second answers (output); both start from z_0, so a query sees z_0 .. z_{t-1} and an answer
+    z_0 .. z_t.
 
     Args:
         num_neurons: N.
-        num_pairs: P.
-        num_self_pairs: pairs with i = j.
+        num_pairs: P, of each half.
+        num_self_pairs: pairs with i = j in each half.
         generator: source of the pairs; they are saved with the model.
     """
 
     def __init__(self, num_neurons: int, num_pairs: int, num_self_pairs: int, generator: torch.Generator):
         super().__init__()
-        left = torch.randint(num_neurons, (num_pairs,), generator=generator, device="cpu")
-        right = torch.randint(num_neurons, (num_pairs,), generator=generator, device="cpu")
-        right[:num_self_pairs] = left[:num_self_pairs]
-        self.register_buffer("left", left)
-        self.register_buffer("right", right)
-        self.decay = nn.Parameter(torch.empty(num_pairs))
+        left, right = torch.randint(num_neurons, (2, 2, num_pairs), generator=generator, device="cpu")
+        right[:, :num_self_pairs] = left[:, :num_self_pairs]
+        self.register_buffer("pairs", torch.cat([left.flatten(), right.flatten()]))  # all i, then all j
+        self.decay = nn.Parameter(torch.empty(2 * num_pairs))
 
-    def step(self, state: SyncState | None, z: torch.Tensor) -> SyncState:
-        """Take in one tick. `z` is [n, N] activations; nothing is modified."""
-        product = (z[:, self.left] * z[:, self.right]).to(self.decay.dtype)
-        if state is None:
-            return SyncState(product, torch.ones_like(self.decay))
+    def schedule(self, num_ticks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """r [2P] and 1 / sqrt(beta_t) [2P] for t = 0 .. `num_ticks`; they do not depend on the neurons."""
         keep = torch.exp(-nn.functional.softplus(self.decay))
-        return SyncState(keep * state.alpha + product, keep * state.beta + 1.0)
+        beta, factors = torch.ones_like(keep), []
+        for _ in range(num_ticks + 1):
+            factors.append(beta.rsqrt())
+            beta = keep * beta + 1.0
+        return keep, factors
 
-
-class SyncState(NamedTuple):
-    """Running sums of a `Synchronisation`: alpha [n, P], beta [P]."""
-
-    alpha: torch.Tensor
-    beta: torch.Tensor
-
-    @property
-    def value(self) -> torch.Tensor:
-        """s = alpha / sqrt(beta), [n, P]."""
-        return self.alpha * self.beta.rsqrt()
+    def products(self, z: torch.Tensor) -> torch.Tensor:
+        """z_i z_j of all pairs, [n, 2P], from activations [n, N]."""
+        left, right = z.to(self.decay.dtype).index_select(1, self.pairs).chunk(2, dim=1)
+        return left * right
 
 
 class NeuronModels(nn.Module):
@@ -102,18 +98,32 @@ class Thought(NamedTuple):
     Attributes:
         z: [n, N] activations.
         history: M pre-activations, each [N, n].
-        action: synchronisation that asks.
-        output: synchronisation that answers.
+        alpha: [n, 2P] running sums of the synchronisation.
         stream: [n, D] residual stream.
         writes: [n, D] sum of the stream's MLP writes.
     """
 
     z: torch.Tensor | None = None
     history: list[torch.Tensor] | None = None
-    action: SyncState | None = None
-    output: SyncState | None = None
+    alpha: torch.Tensor | None = None
     stream: torch.Tensor | None = None
     writes: torch.Tensor | None = None
+
+
+class Fixed(NamedTuple):
+    """What all ticks of a forward pass share.
+
+    Attributes:
+        blocks: keys and values.
+        layers: quantised weights by name.
+        keep: decay of the synchronisation, or None.
+        factors: its normalisation by tick, or None.
+    """
+
+    blocks: WindowBlocks
+    layers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    keep: torch.Tensor | None = None
+    factors: list[torch.Tensor] | None = None
 
 
 class KarlaHead(nn.Module):
@@ -138,8 +148,7 @@ class KarlaHead(nn.Module):
             self.start = BitLinear(width, neurons, packed=packed)
             self.start_state = nn.Parameter(torch.empty(neurons))
             self.start_history = nn.Parameter(torch.empty(neurons, self.history_length))
-            self.action_sync = Synchronisation(neurons, pairs, config.ctm_num_self_pairs, generator)
-            self.output_sync = Synchronisation(neurons, pairs, config.ctm_num_self_pairs, generator)
+            self.sync = Synchronisation(neurons, pairs, config.ctm_num_self_pairs, generator)
             self.query = BitLinear(pairs, size, packed=packed)
             self.synapse = BitLinear(size + neurons, 2 * neurons, packed=packed)
             self.synapse_norm = nn.LayerNorm(neurons)
@@ -147,20 +156,21 @@ class KarlaHead(nn.Module):
             self.up = BitLinear(pairs, width, packed=packed)
         if self.has_stream:
             self.stream_query = BitLinear(width, size, packed=packed)
-            self.stream_out = BitLinear(size, width, packed=packed)
+            self.stream_out = BitLinear(size, width, norm=False, packed=packed)
             self.stream_in = BitLinear(width, config.ctm_stream_size, packed=packed)
-            self.stream_write = BitLinear(config.ctm_stream_size, width, packed=packed)
+            self.stream_write = BitLinear(config.ctm_stream_size, width, norm=False, packed=packed)
 
     @property
     def zero_initialised(self) -> list[BitLinear]:
         """The projections through which the head speaks; they start at zero."""
-        return [layer for layer in (getattr(self, "up", None), getattr(self, "stream_write", None)) if layer is not None]
+        return [
+            layer for layer in (getattr(self, "up", None), getattr(self, "stream_write", None)) if layer is not None
+        ]
 
     def forward(
         self,
         state: torch.Tensor,
         blocks: WindowBlocks,
-        position_ids: torch.Tensor,
         num_ticks: int,
         on_tick: Callable[[int, torch.Tensor], bool] | None = None,
     ) -> torch.Tensor:
@@ -169,24 +179,23 @@ class KarlaHead(nn.Module):
         Args:
             state: [B, T', D] what is known before thinking. Not modified.
             blocks: keys and values of the T' positions.
-            position_ids: [B, T'] int64.
             num_ticks: S >= 1.
             on_tick: called after every tick with its number (from 1) and delta [B, T', D]; True ends the thought.
 
         Returns:
             delta [B, T', D] of the last tick.
         """
-        layers = {
-            name: layer.quantized_weight() for name, layer in self.named_children() if isinstance(layer, BitLinear)
-        }
-        flat = state.reshape(-1, state.shape[-1])
-        thought = self._begin(flat, layers)
-        delta = torch.zeros_like(state)
+        layers = {n: layer.quantized_weight() for n, layer in self.named_children() if isinstance(layer, BitLinear)}
+        fixed = Fixed(blocks, layers, *(self.sync.schedule(num_ticks) if self.has_neurons else ()))
+        thinking = torch.inference_mode if not torch.is_grad_enabled() else contextlib.nullcontext
+        with thinking():
+            thought = self._begin(state.reshape(-1, state.shape[-1]), layers)
         for tick in range(1, num_ticks + 1):
-            thought = self._run(thought, blocks, position_ids, layers)
-            if on_tick is None and tick < num_ticks:
-                continue
-            delta = self._answer(thought, layers).view_as(state)
+            with thinking():
+                thought = self._run(thought, fixed, tick, state.shape[:2])
+                if on_tick is None and tick < num_ticks:
+                    continue
+                delta = self._answer(thought, fixed, tick).view(state.shape)
             if on_tick is not None and on_tick(tick, delta):
                 break
         return delta
@@ -196,50 +205,49 @@ class KarlaHead(nn.Module):
         if self.has_neurons:
             z = torch.tanh(self.start_state + self.start(state, layers["start"]))
             history = list(self.start_history.t()[..., None].expand(-1, -1, len(state)))
-            thought = thought._replace(
-                z=z, history=history, action=self.action_sync.step(None, z), output=self.output_sync.step(None, z)
-            )
+            thought = thought._replace(z=z, history=history, alpha=self.sync.products(z))
         if self.has_stream:
             thought = thought._replace(stream=state, writes=torch.zeros_like(state))
         return thought
 
-    def _run(self, thought: Thought, blocks: WindowBlocks, position_ids: torch.Tensor, layers: dict) -> Thought:
+    def _run(self, thought: Thought, fixed: Fixed, tick: int, shape: torch.Size) -> Thought:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._tick, thought, blocks, position_ids, layers, use_reentrant=False)
-        return self._tick(thought, blocks, position_ids, layers)
+            return checkpoint(self._tick, thought, fixed, tick, shape, use_reentrant=False)
+        return self._tick(thought, fixed, tick, shape)
 
-    def _tick(self, thought: Thought, blocks: WindowBlocks, position_ids: torch.Tensor, layers: dict) -> Thought:
+    def _tick(self, thought: Thought, fixed: Fixed, tick: int, shape: torch.Size) -> Thought:
         queries = []
         if self.has_neurons:
-            queries.append(self.query(thought.action.value.to(thought.z.dtype), layers["query"]))
+            action = self._synchronised(thought, fixed, tick - 1).chunk(2, dim=1)[0]
+            queries.append(self.query(action, fixed.layers["query"]))
         if self.has_stream:
-            queries.append(self.stream_query(thought.stream, layers["stream_query"]))
-        q = torch.stack(queries, dim=1).view(*position_ids.shape, len(queries), self.num_heads, -1)
-        seen = blocks.attend(rotate(q, position_ids)).flatten(0, 1).unbind(1)
+            queries.append(self.stream_query(thought.stream, fixed.layers["stream_query"]))
+        q = torch.stack(queries, dim=1).view(*shape, len(queries), self.num_heads, -1)
+        seen = fixed.blocks.attend(q).flatten(0, 1).unbind(1)
         if self.has_neurons:
-            thought = self._fire(thought, seen[0], layers)
+            thought = self._fire(thought, seen[0], fixed)
         if self.has_stream:
-            stream = thought.stream + self.stream_out(seen[-1], layers["stream_out"])
-            hidden = nn.functional.silu(self.stream_in(stream, layers["stream_in"]))
-            write = self.stream_write(hidden, layers["stream_write"])
+            stream = thought.stream + self.stream_out(seen[-1], fixed.layers["stream_out"])
+            hidden = nn.functional.silu(self.stream_in(stream, fixed.layers["stream_in"]))
+            write = self.stream_write(hidden, fixed.layers["stream_write"])
             thought = thought._replace(stream=stream + write, writes=thought.writes + write)
         return thought
 
-    def _fire(self, thought: Thought, seen: torch.Tensor, layers: dict) -> Thought:
-        mixed = self.synapse(torch.cat([seen, thought.z], dim=-1), layers["synapse"])
+    def _fire(self, thought: Thought, seen: torch.Tensor, fixed: Fixed) -> Thought:
+        mixed = self.synapse(torch.cat([seen, thought.z], dim=-1), fixed.layers["synapse"])
         signal = self.synapse_norm(nn.functional.glu(mixed, dim=-1))
         history = [*thought.history[1:], signal.t()]
         z = self.neurons(history)
-        return thought._replace(
-            z=z,
-            history=history,
-            action=self.action_sync.step(thought.action, z),
-            output=self.output_sync.step(thought.output, z),
-        )
+        alpha = torch.addcmul(self.sync.products(z), fixed.keep, thought.alpha)
+        return thought._replace(z=z, history=history, alpha=alpha)
 
-    def _answer(self, thought: Thought, layers: dict) -> torch.Tensor:
-        delta = thought.writes
-        if self.has_neurons:
-            spoken = self.up(thought.output.value.to(thought.z.dtype), layers["up"])
-            delta = spoken if delta is None else delta + spoken
-        return delta
+    def _synchronised(self, thought: Thought, fixed: Fixed, tick: int) -> torch.Tensor:
+        """s_t = alpha_t / sqrt(beta_t), [n, 2P]: asking pairs, then answering pairs."""
+        return (thought.alpha * fixed.factors[tick]).to(thought.z.dtype)
+
+    def _answer(self, thought: Thought, fixed: Fixed, tick: int) -> torch.Tensor:
+        if not self.has_neurons:
+            return thought.writes
+        answer = self._synchronised(thought, fixed, tick).chunk(2, dim=1)[1]
+        spoken = self.up(answer, fixed.layers["up"])
+        return spoken if thought.writes is None else thought.writes + spoken

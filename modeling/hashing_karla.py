@@ -21,6 +21,8 @@ import torch
 _MULTIPLIER_SEED_STRIDE = 10007
 _FINGERPRINT_MULTIPLIER = 0x2545F4914F6CDD1D  # odd, below 2^63: spreads the mix over the upper bits
 _LONE_SPACE = "\ue000"
+# Unicode's white space, which the reference strips; str.strip() would take the separators \x1c to \x1f too
+_WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace() and char not in "\x1c\x1d\x1e\x1f")
 NO_TOKEN = -1
 
 
@@ -79,12 +81,8 @@ class NgramFamily(NamedTuple):
             >>> NgramFamily(2, 1.0).mix(torch.tensor([[5, 6, 7]]), torch.tensor([1, 3])).tolist()
             [[9, 21]]
         """
-        length = history.shape[1] - self.order + 1
-        mixed = history[:, self.order - 1 :] * multipliers[0]
-        for k in range(1, self.order):
-            start = self.order - 1 - k
-            mixed = mixed ^ (history[:, start : start + length] * multipliers[k])
-        return mixed
+        windows = np.lib.stride_tricks.sliding_window_view(history.numpy(), self.order, axis=1)
+        return torch.from_numpy(np.bitwise_xor.reduce(windows * multipliers[: self.order].flip(0).numpy(), axis=-1))
 
 
 def compress_vocabulary(tokenizer, vocab_size: int) -> torch.Tensor:
@@ -115,12 +113,12 @@ def compress_vocabulary(tokenizer, vocab_size: int) -> torch.Tensor:
 
 def _normalised(text: str) -> str:
     form = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
-    form = "".join(char.lower() for char in form if unicodedata.category(char) != "Mn")
+    form = "".join(char.lower() for char in form if not unicodedata.category(char).startswith("M"))
     for blank in "\t\r\n":
         form = form.replace(blank, " ")
     while "  " in form:
         form = form.replace("  ", " ")
-    form = _LONE_SPACE if form == " " else form.strip()
+    form = _LONE_SPACE if form == " " else form.strip(_WHITE_SPACE)
     return form.replace(_LONE_SPACE, " ") or text
 
 

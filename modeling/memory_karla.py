@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 
-
 from .packs_karla import check_pack_name
 from .reading_karla import ReadReport, read_texts
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .attention_karla import cut_blocks
-from .backbone_karla import load_backbone, load_tokenizer, resolve_backbone, split_backbone
+from .backbone_karla import load_backbone, load_tokenizer, quantization_config, resolve_backbone, split_backbone
 from .bitlinear_karla import set_packed
 from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
@@ -64,11 +64,18 @@ class KarlaModel(KarlaPreTrainedModel):
 
     def set_input_embeddings(self, value):
         """Refused: the memory's token map belongs to the backbone's vocabulary."""
-        raise NotImplementedError("The backbone is frozen, so its embeddings cannot be replaced; resize it beforehand.")
+        raise NotImplementedError(
+            "The backbone is frozen, so its embeddings cannot be replaced; resize it beforehand."
+        )
 
     def output_projection(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows [V, D] and bias [V] or None of the output layer, scaled so that logits = h W^T + b (before a soft cap)."""
         weight, bias = self._lm_head[0].weight, getattr(self._lm_head[0], "bias", None)
+        if weight.is_meta:
+            raise ValueError(
+                "This KarlaModel was loaded without the output layer that certainty is measured with; load the checkpoint "
+                "as KarlaForCausalLM and take its `model`."
+            )
         scale = logit_scale(self.config.text_config)
         return (weight, bias) if scale == 1.0 else (weight * scale, None if bias is None else bias * scale)
 
@@ -107,8 +114,14 @@ class KarlaModel(KarlaPreTrainedModel):
             ValueError: for a mask that is not [B, past + T], or a cache that another model filled.
         """
         if input_ids is None:
-            raise ValueError("input_ids is missing; the memory is addressed by token ids, so inputs_embeds is not enough.")
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            raise ValueError(
+                "input_ids is missing; the memory is addressed by token ids, so inputs_embeds is not enough."
+            )
+        # int: a static cache gives a tensor that it counts up in place
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if attention_mask is None and isinstance(past_key_values, StaticCache):
+            # without one, transformers attends to unwritten slots of a static cache that cannot be compiled, as ours
+            attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
         if attention_mask is not None and attention_mask.shape != (len(input_ids), past + input_ids.shape[1]):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}, but {len(input_ids)} sequences of "
@@ -125,14 +138,14 @@ class KarlaModel(KarlaPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                output_hidden_states=True,
+                output_hidden_states=output_hidden_states or self.config.ctm_source_layers,
             )
         length = input_ids.shape[1]
         keep = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
-        blocks, history, positions = self._remember(input_ids, attention_mask, out, past_key_values, past, keep)
+        blocks, history = self._remember(input_ids, attention_mask, out, past_key_values, past, keep)
         hidden = out.last_hidden_state[:, -keep:]
         state = hidden + self._recall(history, keep).to(hidden)
-        thought = self._think(state, blocks, positions, max_ticks, certainty_threshold, all_ticks)
+        thought = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
         delta, ticks_used, sure, deltas = thought
         return KarlaModelOutput(
             last_hidden_state=state + delta.to(state.dtype),
@@ -167,8 +180,8 @@ class KarlaModel(KarlaPreTrainedModel):
         if cache is not None:
             keys_values, history = self.cache_layer(cache, past).update(keys_values, history)
         valid = (history != NO_TOKEN).to(keys_values.device)
-        blocks = cut_blocks(keys_values, valid, self.ctm.memory.registers, keep, self.config.ctm_window)
-        return blocks, history, positions[:, -keep:]
+        registers = self.ctm.memory.registers
+        return cut_blocks(keys_values, valid, registers, positions[:, -keep:], self.config.ctm_window), history
 
     def _recall(self, history: torch.Tensor, keep: int) -> torch.Tensor:
         """What the memory adds to the last `keep` positions, [B, keep, D]; one zero where it holds nothing."""
@@ -178,7 +191,7 @@ class KarlaModel(KarlaPreTrainedModel):
         history = nn.functional.pad(history, (self.memory.history + keep - history.shape[1], 0), value=NO_TOKEN)
         return self.memory.read(name_positions(history, self.memory.families, self.memory.constants))
 
-    def _think(self, state, blocks, positions, max_ticks, threshold, all_ticks):
+    def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""
         config = self.config
         ticks = config.ctm_num_ticks if max_ticks is None else max_ticks
@@ -189,15 +202,15 @@ class KarlaModel(KarlaPreTrainedModel):
         used = torch.full(state.shape[:2], ticks, dtype=torch.int64, device=state.device)
         if all_ticks:
             deltas: list[torch.Tensor] = []
-            delta = self.ctm(state, blocks, positions, ticks, lambda tick, delta: deltas.append(delta))
+            delta = self.ctm(state, blocks, ticks, lambda tick, delta: deltas.append(delta))
             return delta, used, None, torch.stack(deltas)
         if threshold is None and config.tick_loss == "last":
-            return self.ctm(state, blocks, positions, ticks), used, None, None
+            return self.ctm(state, blocks, ticks), used, None, None
         flat = state.detach().flatten(0, 1)
         candidates = Candidates(flat, *self.output_projection(), config.certainty_candidates)
         rule = StoppingRule(candidates, state.flatten(0, 1), threshold, config.tick_loss == "two_tick")
         if not bool(rule.done.all()):
-            self.ctm(state, blocks, positions, ticks, rule)
+            self.ctm(state, blocks, ticks, rule)
         shape = state.shape[:2]
         return rule.delta.view_as(state), rule.ticks_used.view(shape), rule.certainty.view(shape), None
 
@@ -251,8 +264,12 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
             name, source = backbone, resolve_backbone(backbone, revision=revision).source
             tokenizer = tokenizer or load_tokenizer(name, revision=revision)
             causal_lm = load_backbone(name, revision=revision, quantization=quantization, **(backbone_kwargs or {}))
+            if isinstance(quantization, dict):  # dtypes by name, as the configuration is saved
+                quantization = quantization_config(quantization).to_dict()
         elif quantization is not None or backbone_kwargs or revision is not None:
-            raise ValueError("quantization, revision and backbone_kwargs are for a backbone given by name; load it so.")
+            raise ValueError(
+                "quantization, revision and backbone_kwargs are for a backbone given by name; load it so."
+            )
         else:
             causal_lm = backbone
         split_backbone(causal_lm)
@@ -358,7 +375,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
             loss = self._two_tick_loss(out, labels, num_items_in_batch)
         elif labels is not None:
             loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
-        sure = out.certainty
+        sure = None if out.certainty is None else out.certainty[:, keep]
         if sure is None and not self.training:
             top = logits.detach().float().topk(min(self.config.certainty_candidates, logits.shape[-1]), dim=-1)
             sure = certainty(top.values)
@@ -367,7 +384,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
-            ticks_used=out.ticks_used,
+            ticks_used=out.ticks_used[:, keep],
             certainty=sure,
         )
 
@@ -386,7 +403,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None and len(cache.layers) >= self.config.text_config.num_hidden_layers:
             # up front, so that a static cache knows from the first step that this layer cannot be compiled
-            self.model.cache_layer(cache, past=cache.get_seq_length())
+            self.model.cache_layer(cache, past=int(cache.get_seq_length()))
 
 
 def _plain_config(config):

@@ -64,7 +64,7 @@ def save_engram(engram: Engram, directory: str | os.PathLike, tokenizer_sha256: 
         "orders": torch.tensor([family.order for family in engram.families]),
         "weights": torch.tensor([family.weight for family in engram.families], dtype=torch.float64),
     }
-    manifest = {
+    manifest: dict = {
         "schema": SCHEMA,
         "tokenizer_sha256": tokenizer_sha256,
         "hidden_size": engram.hidden_size,
@@ -115,12 +115,10 @@ def load_engram(
         )
     constants = HashConstants(t["multipliers"], t["primes"], t["offsets"], t["token_map"], int(t["pad_id"]))
     families = [
-        NgramFamily(order, weight)
-        for order, weight in zip(t["orders"].tolist(), t["weights"].tolist(), strict=True)
+        NgramFamily(order, weight) for order, weight in zip(t["orders"].tolist(), t["weights"].tolist(), strict=True)
     ]
     engram = Engram(constants, families, t["coordinates"], hidden_size)
     for pack in manifest["packs"]:
-        check_pack_name(pack["name"])
         _fill_table(engram.open_pack(pack["name"]), _read_tensors(find, pack), pack["file"])
     return engram, manifest["tokenizer_sha256"]
 
@@ -179,14 +177,18 @@ def _sha256(path: str | os.PathLike) -> str:
 def _read_manifest(path: str) -> dict:
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        files = [manifest["constants"], *manifest["packs"]]
-        if not all(_FILE_NAME.fullmatch(entry["file"]) for entry in files):
-            raise ValueError("it names a file outside its folder")
-        schema = manifest["schema"]
+        schema, _, _ = (manifest[key] for key in ("schema", "hidden_size", "tokenizer_sha256"))
+        for entry in ({"name": "constants", **manifest["constants"]}, *manifest["packs"]):
+            name, file, _ = (entry[key] for key in ("name", "file", "sha256"))
+            check_pack_name(name)
+            if not _FILE_NAME.fullmatch(file):
+                raise ValueError("it names a file outside its folder")
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{path} is no manifest of a memory ({error}); restore the folder from a good copy.") from error
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, but this version reads schema {SCHEMA}; use a matching version.")
+        raise ValueError(
+            f"{path} has schema {schema}, but this version reads schema {SCHEMA}; use a matching version."
+        )
     return manifest
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -101,14 +100,15 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
                 init.zeros_(bias)
 
     def train(self, mode: bool = True):
-        """Set the mode of memory and head; the backbone stays in eval mode."""
+        """Set the mode of the head; the backbone and its output layer stay in eval mode."""
         super().train(mode)
         if self.karla_model.backbone is not None:
             self.karla_model.backbone.eval()
+            self.karla_model._lm_head[0].eval()
         return self
 
     @property
-    def karla_model(self) -> KarlaModel:
+    def karla_model(self) -> PreTrainedModel:
         """The `KarlaModel` of this model."""
         return self.base_model
 

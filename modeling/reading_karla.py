@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
-from .engram_karla import Engram, EngramTable, write_chunk
+from .engram_karla import Engram, EngramTable
 from .hashing_karla import NO_TOKEN, Names, name_positions
+from .writing_karla import write_chunk
 
 
 class ReadReport(NamedTuple):

@@ -60,7 +60,7 @@ def quantize_activation(x: torch.Tensor, min_absmax: float = MIN_SCALE) -> tuple
         ([[64, -127], [0, 0]], 63.5)
     """
     x = widen(x.detach())
-    scale = 127 / x.abs().amax(-1, keepdim=True).clamp_min_(min_absmax)
+    scale = 127 / torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(min_absmax)
     # |x s_x| passes 127 by rounding errors only, so a clamp to [-128, 127] would change nothing. contiguous_format also
     # gives size-1 dimensions their usual stride, which int_matmul needs.
     return (x * scale).round_().to(torch.int8, memory_format=torch.contiguous_format), scale
@@ -134,7 +134,8 @@ def int_matmul(x_q: torch.Tensor, w_q: torch.Tensor) -> torch.Tensor:
         if rows > 4:
             return torch._int_mm(x_q, w_q.t())
         # For the few rows of decoding, the weight on the left takes as little as 0.6 of the time.
-        return torch._int_mm(w_q, x_q.t()).t().contiguous()
+        product = torch._int_mm(w_q, x_q.t())
+        return product.view(1, -1) if rows == 1 else product.t().contiguous()
     if device == "cuda" and in_features % 8 == 0 and out_features % 8 == 0:
         return torch._int_mm(F.pad(x_q, (0, 0, 0, max(0, 17 - rows))), w_q.t())[:rows]
     with torch.autocast(device, enabled=False):

@@ -1,0 +1,207 @@
+"""Addresses: token map, multipliers, primes, rows and fingerprints."""
+
+from unicodedata import ucd_3_2_0
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from karla_hf import load_tokenizer
+from karla_hf.modeling.hashing_karla import (
+    NO_TOKEN,
+    NgramFamily,
+    compress_vocabulary,
+    fingerprints,
+    hash_constants,
+    name_positions,
+    row_addresses,
+)
+from karla_hf.modeling.reference_engram import naive_ngram_rows
+
+
+ORDERS = [[2, 3], [4, 6, 12, 24]]
+
+
+def published_token_map(tokenizer) -> list[int]:
+    """Compressed ids as the published reference makes them, with the `tokenizers` library's own normalizers."""
+    normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex(r"^ $"), "\ue000"),
+            normalizers.Strip(),
+            normalizers.Replace("\ue000", " "),
+        ]
+    )
+    ids: dict[str, int] = {}
+    mapped = []
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        if "\ufffd" in text:
+            key = tokenizer.convert_ids_to_tokens(token)
+        else:
+            key = normalizer.normalize_str(text) or text
+        mapped.append(ids.setdefault(key, len(ids)))
+    return mapped
+
+
+def byte_level_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def constants_for(orders, *, heads=3, rows=50, vocab=97, pad=0, seed=0):
+    return hash_constants(orders, heads, rows, torch.arange(vocab), pad, seed)
+
+
+def name_texts(compressed, orders, constants):
+    """Names of texts [B, T] that begin at their first token."""
+    history = torch.nn.functional.pad(compressed, (max(orders) - 1, 0), value=NO_TOKEN)
+    return name_positions(history, [NgramFamily(order, 1.0) for order in orders], constants)
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+@pytest.mark.parametrize("length", [1, 2, 30])
+@pytest.mark.parametrize("seed", [0, 12345])
+def test_rows_are_those_of_the_published_hash(orders, length, seed):
+    compressed = torch.randint(0, 97, (2, length))
+    constants = constants_for(orders, pad=5, seed=seed)
+    expected = naive_ngram_rows(compressed.tolist(), orders, 3, 50, vocab_size=97, pad_id=5, seed=seed)
+    rows = name_texts(compressed, orders, constants).rows
+    assert (rows - constants.offsets).tolist() == expected
+
+
+@settings(max_examples=50)
+@given(
+    orders=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    heads=st.integers(1, 4),
+    rows=st.integers(1, 1000),
+    vocab=st.sampled_from([1, 2, 300, 49152, 262144]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_size_hashes_as_published_and_never_overflows(orders, heads, rows, vocab, seed):
+    constants = constants_for(orders, heads=heads, rows=rows, vocab=vocab, pad=vocab - 1, seed=seed)
+    compressed = [[vocab - 1, 0, vocab // 2, vocab - 1, vocab - 1]]
+    expected = naive_ngram_rows(compressed, orders, heads, rows, vocab, vocab - 1, seed)
+    found = name_texts(torch.tensor(compressed), orders, constants).rows
+    assert (found - constants.offsets).tolist() == expected
+    assert int(found.min()) >= 0
+    assert int(found.max()) < constants.num_rows
+
+
+def test_tables_lie_side_by_side_and_their_sizes_are_distinct_primes():
+    constants = constants_for([4, 6, 12, 24], heads=8, rows=65536)
+    sizes = constants.primes.flatten().tolist()
+    assert len(set(sizes)) == 32
+    assert min(sizes) == 65537
+    assert sizes == sorted(sizes)
+    assert constants.offsets.flatten().tolist() == np.cumsum([0, *sizes[:-1]]).tolist()
+    assert constants.num_rows == sum(sizes)
+    assert all(int(multiplier) % 2 == 1 for multiplier in constants.multipliers)
+
+
+def test_constants_are_the_same_for_the_same_seed_only():
+    first, again, other = constants_for([2, 3]), constants_for([2, 3]), constants_for([2, 3], seed=1)
+    assert torch.equal(first.multipliers, again.multipliers)
+    assert not torch.equal(first.multipliers, other.multipliers)
+    assert torch.equal(first.primes, other.primes)
+
+
+def test_pad_id_is_compressed():
+    token_map = torch.tensor([0, 1, 1, 2])
+    assert hash_constants([2], 1, 10, token_map, pad_id=3, seed=0).pad_id == 2
+
+
+def test_position_with_fewer_tokens_than_the_shortest_family_has_no_name():
+    names = name_texts(torch.tensor([[7, 8, 9, 10, 11]]), [3, 5], constants_for([3, 5]))
+    assert (names.fingerprints == 0).tolist() == [[[True, True]] * 2 + [[False, False]] * 3]
+
+
+def test_position_after_a_masked_token_has_no_name_until_the_shortest_family_fits():
+    masked = torch.tensor([[7, NO_TOKEN, 9, 10, 11, 12]])
+    names = name_texts(masked, [2, 4], constants_for([2, 4]))
+    assert (names.fingerprints[0] == 0).all(-1).tolist() == [True, True, True, False, False, False]
+
+
+def test_left_padding_changes_no_name():
+    ids = torch.randint(0, 97, (1, 9))
+    constants = constants_for([2, 4])
+    padded = torch.nn.functional.pad(ids, (5, 0), value=NO_TOKEN)
+    alone, shifted = name_texts(ids, [2, 4], constants), name_texts(padded, [2, 4], constants)
+    assert torch.equal(shifted.rows[:, 5:], alone.rows)
+    assert torch.equal(shifted.fingerprints[:, 5:], alone.fingerprints)
+
+
+def test_name_depends_on_the_last_tokens_of_its_order_only():
+    ids = torch.randint(0, 97, (1, 12))
+    constants = constants_for([2, 4])
+    before = name_texts(ids, [2, 4], constants)
+    ids[0, 6] = (ids[0, 6] + 1) % 97
+    after = name_texts(ids, [2, 4], constants)
+    changed = (before.rows != after.rows).any(-1)[0]
+    assert changed[:, 0].nonzero()[:, 0].tolist() == [6, 7]
+    assert changed[:, 1].nonzero()[:, 0].tolist() == [6, 7, 8, 9]
+
+
+def test_fingerprints_spread_over_sixteen_bits_and_are_never_zero():
+    mix = torch.randint(0, 2**62, (200_000,))
+    found = fingerprints(mix)
+    assert found.dtype == torch.int16
+    assert not (found == 0).any()
+    assert len(found.unique()) > 60_000
+    # 16 bits beside the row: what shares a row has the same fingerprint about once in 65536 times
+    constants = constants_for([2], heads=1, rows=100)
+    same_row = row_addresses(mix[:, None], constants)[:, 0, 0] == 7
+    prints = found[same_row]
+    pairs = len(prints) * (len(prints) - 1) / 2
+    collisions = sum(count * (count - 1) / 2 for count in prints.unique(return_counts=True)[1].tolist())
+    assert collisions < 3 * pairs / 65536
+
+
+def test_token_map_is_that_of_the_published_normalisers():
+    words = "The the THE  École ecole ÉCOLE naïve ﬁne fine ① 1 ½ Ⅷ viii ＡＢＣ abc \t\n tab\r\n Straße İstanbul हिन्दी"
+    tokenizer = byte_level_tokenizer([words * 3, "été 日本語 かな が ガ Å Å ỗ ẋ̣"] * 50)
+    expected = published_token_map(tokenizer)
+    assert compress_vocabulary(tokenizer, len(tokenizer)).tolist() == expected
+    assert max(expected) + 1 < 0.9 * len(expected)
+
+
+@pytest.mark.slow
+def test_token_map_of_smollm_is_that_of_the_published_normalisers():
+    tokenizer = load_tokenizer("HuggingFaceTB/SmolLM2-135M-Instruct")
+    expected = published_token_map(tokenizer)
+    assert compress_vocabulary(tokenizer, 49152).tolist() == expected
+    assert max(expected) + 1 < 0.8 * 49152
+
+
+def test_every_character_is_normalised_as_published():
+    # Those of Unicode 3.2: later ones depend on which Unicode Python and the tokenizers library know.
+    known = [chr(code) for code in (*range(0x3100), *range(0xF900, 0x10000)) if ucd_3_2_0.category(chr(code)) != "Cn"]
+    words = ["<unk>", *known, *(f"{char}x {char}" for char in known if char.isspace()), " É", "x\u0903Y", "a \t\r\nB"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.decode([words.index(" É")]) == " É"
+    assert compress_vocabulary(tokenizer, len(words)).tolist() == published_token_map(tokenizer)
+
+
+def test_ids_beyond_the_tokenizer_stay_themselves(tokenizer):
+    token_map = compress_vocabulary(tokenizer, 305).tolist()
+    assert token_map[:202] == list(range(202))
+    assert token_map[202:300] == list(range(2, 100))  # W2 is w2
+    assert token_map[300:] == list(range(202, 207))
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_mapped_as_far_as_it_goes(tokenizer):
+    assert compress_vocabulary(tokenizer, 10).tolist() == list(range(10))
