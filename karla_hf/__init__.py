@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from karla_hf import kernel
 from karla_hf.backbones import load_backbone, load_tokenizer
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM, KarlaModel
@@ -22,3 +23,4 @@ __all__ = [
 AutoConfig.register("karla", KarlaConfig, exist_ok=True)
 AutoModel.register(KarlaConfig, KarlaModel, exist_ok=True)
 AutoModelForCausalLM.register(KarlaConfig, KarlaForCausalLM, exist_ok=True)
+kernel.register()
