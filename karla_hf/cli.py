@@ -1,0 +1,293 @@
+"""The command `karla`: its commands, options and help texts.
+
+What a command does is in `karla_hf.commands`, `demo`, `bench` and `training`, which are imported when it runs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from karla_hf.errors import as_sentence
+
+
+class SentenceGroup(TyperGroup):
+    """Shows an error that the user can mend as one sentence on standard error, with exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run a command; an error that is a bug, and any error under --debug, keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # A broken pipe is for typer, which ends quietly: the reader has seen enough.
+            quiet = ctx.params["debug"] or isinstance(error, BrokenPipeError)
+            sentence = None if quiet else as_sentence(error)
+            if sentence is None:
+                raise
+            typer.secho(f"Error: {sentence}", fg="red", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    name="karla",
+    cls=SentenceGroup,
+    help="Give a frozen language model a memory that learns by reading and a head that thinks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluate = typer.Typer(help="Measure recall or perplexity with the memory off and on.", no_args_is_help=True)
+
+
+def main() -> None:
+    """Run the command line: the console script `karla`."""
+    app(prog_name="karla")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from karla_hf import __version__
+
+        typer.echo(f"karla-hf {__version__}")
+        raise typer.Exit
+
+
+def _check_json_file(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be made before anything is measured for it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise typer.BadParameter(f"{path} cannot be written; give a file in a folder that exists.")
+    return path
+
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a Karla.", show_default=False)]
+TextFiles = Annotated[list[Path], typer.Argument(metavar="FILE", help="UTF-8 text files.", show_default=False)]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the numbers to FILE too.",
+        callback=_check_json_file,
+        show_default=False,
+    ),
+]
+MAKE, MEMORY, MEASURE, TRAIN = "Make and look", "Memory", "Measure", "Train"
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command(rich_help_panel=MAKE)
+def new(
+    backbone: Annotated[
+        str, typer.Argument(metavar="BACKBONE", help="Causal LM: a name on the Hub, or a folder.", show_default=False)
+    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.", show_default=False)],
+    quantization: Annotated[
+        Literal["nf4", "int8"] | None,
+        typer.Option(help="Load the backbone with 4 or 8 bits per weight.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a model option, such as ctm_num_ticks=4 or engram_rows_per_head=20000; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a Karla in DIR, its memory included.")] = False,
+) -> None:
+    """Put an empty memory and an untrained head on a backbone.
+
+    The folder holds memory, head and tokenizer, and the name of the backbone.
+    Until something is read or trained, it answers exactly as its backbone does.
+    """
+    from karla_hf import commands
+
+    commands.create(
+        backbone,
+        directory,
+        quantization=quantization,
+        revision=revision,
+        options=_parse_settings(settings or []),
+        force=force,
+    )
+
+
+@app.command(rich_help_panel=MAKE)
+def info(directory: Checkpoint, json_file: JsonFile = None) -> None:
+    """Show parameters, bytes on disk and in RAM, and how often each level changes."""
+    from karla_hf import commands
+
+    commands.show_info(directory, json_file)
+
+
+@app.command(rich_help_panel=MAKE)
+def chat(
+    directory: Checkpoint,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Talk to a Karla; /help in the session lists what else it does.
+
+    Uses the tokenizer's chat template, or continues the text if there is none.
+    What /read and /forget do to the memory is saved at once.
+    """
+    from karla_hf import commands
+
+    commands.chat(directory, max_new_tokens)
+
+
+@app.command(rich_help_panel=MEMORY)
+def read(
+    directory: Checkpoint,
+    files: TextFiles,
+    pack: Annotated[str, typer.Option(metavar="NAME", help="Pack to write; made if new.")] = "default",
+    context: Annotated[
+        Literal["closed", "open"],
+        typer.Option(
+            help="closed: store what the backbone would not know without the text. "
+            "open: store only what surprises it in its context, and read faster."
+        ),
+    ] = "closed",
+    lines: Annotated[bool, typer.Option("--lines", help="Every line that is not empty is a text of its own.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Read texts once and keep what was surprising in a pack of the memory.
+
+    All files are checked before the first is read. The memory is saved at the
+    end, whole or not at all.
+    """
+    from karla_hf import commands
+
+    commands.read_files(directory, files, pack=pack, context=context, by_line=lines, json_file=json_file)
+
+
+@app.command(rich_help_panel=MEMORY)
+def forget(
+    directory: Checkpoint,
+    pack: Annotated[str, typer.Argument(metavar="PACK", help="Pack to remove.", show_default=False)],
+) -> None:
+    """Remove a pack from the memory; the others keep what they hold."""
+    from karla_hf import commands
+
+    commands.forget_pack(directory, pack)
+
+
+@app.command(rich_help_panel=MEMORY)
+def packs(directory: Checkpoint, json_file: JsonFile = None) -> None:
+    """List the packs of the memory."""
+    from karla_hf import commands
+
+    commands.show_packs(directory, json_file)
+
+
+@evaluate.command()
+def recall(
+    directory: Checkpoint,
+    facts: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FACTS.jsonl", help='Lines of the form {"prompt": "…", "answer": "…"}.', show_default=False
+        ),
+    ],
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ask the first N facts only.", show_default=False)
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Count the facts whose answer is generated exactly, greedily and from the bare prompt."""
+    from karla_hf import commands
+
+    commands.measure_recall(directory, facts, limit, json_file)
+
+
+@evaluate.command()
+def perplexity(
+    directory: Checkpoint,
+    files: TextFiles,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Look at the first N tokens of a file only.", show_default=False),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the perplexity of each file as one context, up to the model's longest."""
+    from karla_hf import commands
+
+    commands.measure_perplexity(directory, files, max_tokens, json_file)
+
+
+app.add_typer(evaluate, name="eval", rich_help_panel=MEASURE)
+
+
+@app.command(rich_help_panel=MEASURE)
+def bench(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Benchmarks, or all.", show_default=False)],
+    json_file: JsonFile = None,
+) -> None:
+    """Time Karla against what it replaces, both in turn in this process."""
+    from karla_hf.bench import run_bench
+
+    run_bench(names, json=json_file)
+
+
+@app.command(rich_help_panel=MEASURE)
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = Path("karla-demo"),
+    json_file: JsonFile = None,
+) -> None:
+    """Read a document and 40 made-up facts on SmolLM2-135M, and compare before and after."""
+    from karla_hf.demo import run_demo
+
+    run_demo(output, json=json_file)
+
+
+@app.command(rich_help_panel=TRAIN, context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="YAML file, such as those in recipes/.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="--KEY VALUE", help="Keys of the recipe to replace.", show_default=False),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Train the head with TRL as a recipe says, and compare the loss on held-out rows with the backbone's.
+
+    Options after the recipe replace its keys, such as --max_steps 20.
+    """
+    from karla_hf.report import write_json
+    from karla_hf.training import run_recipe
+
+    write_json(json_file, run_recipe(recipe, overrides or []))
+
+
+def _parse_settings(settings: list[str]) -> dict[str, Any]:
+    """Turn KEY=VALUE texts into options, the values read as YAML."""
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise ValueError(f"--set was given {setting!r}, but it takes KEY=VALUE, such as ctm_num_ticks=4.")
+        if key in parsed:
+            raise ValueError(f"--set was given {key!r} twice; give it once.")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {key} is given {value!r}, which is not YAML; quote or mend it.") from error
+    return parsed
