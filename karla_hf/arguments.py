@@ -1,0 +1,158 @@
+"""Recipes: flat YAML files that say which model is trained, on what, and how."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from trl import SFTConfig, TrlParser
+
+from karla_hf.documents import read_text
+from karla_hf.modeling.configuration_karla import KarlaConfig
+
+
+MODEL_OPTIONS = tuple(
+    name for name in KarlaConfig.__annotations__ if name.startswith(("engram_", "ctm_", "certainty_", "tick_"))
+)
+
+
+@dataclass
+class KarlaArguments:
+    """The model and the texts of a recipe. Everything about the training itself is a key of TRL's `SFTConfig`.
+
+    Attributes:
+        model_name_or_path: a backbone, which gets a fresh memory and head, or a Karla, whose head is trained further.
+        model_revision: its revision on the Hub.
+        backbone_quantization: "nf4", "int8" or arguments of `BitsAndBytesConfig` for a fresh Karla's backbone.
+        backbone_dtype: dtype of the backbone's weights, such as "bfloat16"; None keeps the checkpoint's.
+        dataset_name: "python-reference" (the Python language reference, there without a network) or a Hub data set.
+        dataset_config: its configuration on the Hub.
+        dataset_split: its split on the Hub.
+        dataset_files: files to train on instead of a named data set: `.jsonl` with `text`, `messages` or `prompt` and
+            `completion` on each line, anything else as one plain text each.
+        held_out_share: share of the rows, above 0 and below 1, that is kept from training and measured at the end; the
+            Python reference has a fixed split by topic instead.
+    """
+
+    model_name_or_path: str = field(default="", metadata={"help": "A backbone or a Karla."})
+    model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
+    backbone_quantization: dict | str | None = field(default=None, metadata={"help": "nf4, int8 or a mapping."})
+    backbone_dtype: str | None = field(default=None, metadata={"help": "dtype of the backbone's weights."})
+    dataset_name: str | None = field(default=None, metadata={"help": "python-reference or a Hub data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split on the Hub."})
+    dataset_files: list[str] | None = field(default=None, metadata={"help": "Text or JSON Lines files."})
+    held_out_share: float = field(default=0.1, metadata={"help": "Share of the rows that is measured at the end."})
+
+    def __post_init__(self):
+        if not self.model_name_or_path:
+            raise ValueError("`model_name_or_path` is missing; give a backbone's name or the folder of a Karla.")
+        if (self.dataset_name is None) == (self.dataset_files is None):
+            raise ValueError("Of `dataset_name` and `dataset_files` exactly one must be given; set one of them.")
+        if not 0 < self.held_out_share < 1:
+            raise ValueError(
+                f"`held_out_share` is {self.held_out_share}; give a share above 0 and below 1, such as 0.1."
+            )
+
+
+class Recipe(NamedTuple):
+    """A recipe that has been read.
+
+    Attributes:
+        arguments: model and texts.
+        training: how to train; a checked `trl.SFTConfig`.
+        model_options: fields of `KarlaConfig`.
+    """
+
+    arguments: KarlaArguments
+    training: SFTConfig
+    model_options: dict[str, Any]
+
+
+def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check every key in it.
+
+    Args:
+        path: a YAML file, one mapping of fields of `KarlaArguments`, of `trl.SFTConfig`, and of the `engram_`, `ctm_`,
+            `certainty_` and `tick_` fields of `KarlaConfig`.
+        overrides: `["--key", "value", ...]` or `["--key=value", ...]`; the values are YAML and go before the recipe's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is no YAML mapping, for an unknown key, or for a value of the wrong kind.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "recipe.yaml")
+        ...     _ = path.write_text("{model_name_or_path: me/model, dataset_name: python-reference, bf16: false}")
+        ...     recipe = parse_recipe(path, ["--learning_rate", "1e-3", "--ctm_num_ticks=4"])
+        >>> recipe.training.learning_rate, recipe.model_options
+        (0.001, {'ctm_num_ticks': 4})
+    """
+    values = {**_read_mapping(path), **_read_overrides(overrides)}
+    known = {
+        *MODEL_OPTIONS,
+        *(item.name for kind in (KarlaArguments, SFTConfig) for item in fields(kind) if item.init),
+    }
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "remove it."
+            raise ValueError(
+                f"{path}: `{key}` is no key of a recipe, which are those of KarlaArguments, trl.SFTConfig and the model "
+                f"options of KarlaConfig; {hint}"
+            )
+    options = {key: values.pop(key) for key in MODEL_OPTIONS if key in values}
+    parser = _RecipeParser([KarlaArguments, SFTConfig])  # type: ignore[list-item]  # a NewType there
+    # argparse converts and checks defaults that are strings, and takes everything else as it is.
+    parser.set_defaults_with_config(**{key: _as_argument(value) for key, value in values.items()})
+    try:
+        arguments, training = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+    except ValueError as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise ValueError(f"{path}: {reason}.") from error
+    return Recipe(arguments, training, options)
+
+
+class _RecipeParser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print before it left the process."""
+        raise ValueError(f"{message.removeprefix('argument ')}; correct the value.")
+
+
+def _as_argument(value: Any) -> Any:
+    return value if value is None or isinstance(value, dict | list) else str(value)
+
+
+def _read_mapping(path: str | Path) -> dict[str, Any]:
+    values = _parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds a {type(values).__name__}, but a recipe is a mapping; write `key: value` lines."
+        )
+    return values
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    values, rest = {}, list(overrides)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--"):
+            raise ValueError(f"{key!r} stands where a key should; write overrides as `--key value`.")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{key} has no value; write overrides as `--key value`.")
+            value = rest.pop(0)
+        values[key.removeprefix("--").replace("-", "_")] = _parse_yaml(value, key)
+    return values
+
+
+def _parse_yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{place} is not YAML ({reason}); correct it there.") from None

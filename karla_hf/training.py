@@ -1,0 +1,213 @@
+"""Phase 1: train the head of a Karla to predict the next token, on a recipe."""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from rich.table import Table
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import SFTConfig
+
+from karla_hf.arguments import KarlaArguments, Recipe, parse_recipe
+from karla_hf.corpora import load_corpus
+from karla_hf.modeling.backbone_karla import load_tokenizer, resolve_backbone
+from karla_hf.modeling.configuration_karla import KarlaConfig
+from karla_hf.modeling.modeling_karla import KarlaForCausalLM
+from karla_hf.modeling.pretrained_karla import finish_logits
+from karla_hf.report import new_console, new_table, write_json
+from karla_hf.trainer import KarlaSFTTrainer
+
+
+# What a trained head can be told anew; the other options give the shapes of its weights or of the memory.
+CHANGEABLE_OPTIONS = ("ctm_num_ticks", "certainty_threshold", "certainty_candidates", "tick_loss")
+
+
+def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train what a recipe says, save it, and compare it with its bare backbone on the held-out rows.
+
+    Writes to `output_dir`: the Karla, its tokenizer, TRL's checkpoints (of the head alone), and `summary.json`. Prints
+    the comparison. Only the head is trained; the backbone and the memory are not modified.
+
+    Args:
+        path: the recipe; see `parse_recipe`. `resume_from_checkpoint` is a checkpoint's folder, or true for the last
+            one in `output_dir`.
+        overrides: `["--key", "value", ...]`, which go before the recipe's.
+
+    Returns:
+        The summary: losses in nats per held-out token, tokens, steps, seconds of training. Of several processes, only
+        the first measures; the others return an empty one.
+
+    Raises:
+        FileNotFoundError, ValueError: for a recipe, a data set, or a checkpoint that cannot be used.
+        OSError: if the model is found nowhere, or the results cannot be written.
+    """
+    recipe = parse_recipe(path, overrides)
+    arguments, training = recipe.arguments, recipe.training
+    resume = _checkpoint(training)
+    corpus = load_corpus(
+        arguments.dataset_name,
+        files=arguments.dataset_files,
+        config=arguments.dataset_config,
+        split=arguments.dataset_split,
+        held_out_share=arguments.held_out_share,
+    )
+    set_seed(training.seed)  # a fresh head is drawn here
+    model, tokenizer = load_model(arguments, recipe.model_options)
+    trainer = KarlaSFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.held_out,
+        processing_class=tokenizer,
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - start
+    summary = _finish(trainer, tokenizer, recipe, path, seconds) if trainer.is_world_process_zero() else {}
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    return summary
+
+
+def load_model(arguments: KarlaArguments, options: dict[str, Any]) -> tuple[KarlaForCausalLM, PreTrainedTokenizerBase]:
+    """Load a Karla, or put a fresh memory and head on a backbone.
+
+    Args:
+        arguments: of the recipe.
+        options: fields of `KarlaConfig`. A Karla takes only those that leave its weights' shapes as they are.
+
+    Returns:
+        The model, its head in trainable floats, and its tokenizer.
+
+    Raises:
+        OSError: if the model is found nowhere.
+        ValueError: for options that the model cannot take.
+    """
+    name, revision = arguments.model_name_or_path, arguments.model_revision
+    dtype = {} if arguments.backbone_dtype is None else {"dtype": arguments.backbone_dtype}
+    place = resolve_backbone(name, revision=revision).path_or_name
+    tokenizer = load_tokenizer(name, revision=revision)
+    config, _ = KarlaConfig.get_config_dict(place, revision=None if os.path.isdir(place) else revision)
+    try:
+        if config.get("model_type") == KarlaConfig.model_type:
+            model = KarlaForCausalLM.from_pretrained(place, revision=revision, backbone_kwargs=dtype)
+            _change_options(model, arguments, options)
+        else:
+            quantization = arguments.backbone_quantization
+            model = KarlaForCausalLM.from_backbone(
+                name, tokenizer, revision=revision, quantization=quantization, backbone_kwargs=dtype, **options
+            )
+    except StrictDataclassError as error:
+        reason = str(error.__cause__).removesuffix(".")
+        raise ValueError(f"A model option of the recipe cannot be used: {reason}.") from error
+    return model.pack(False), tokenizer
+
+
+def _change_options(model: KarlaForCausalLM, arguments: KarlaArguments, options: dict[str, Any]) -> None:
+    fixed = sorted(set(options) - set(CHANGEABLE_OPTIONS))
+    fixed += ["backbone_quantization"] if arguments.backbone_quantization is not None else []
+    if fixed:
+        raise ValueError(
+            f"{arguments.model_name_or_path} is a Karla that was made with its own {', '.join(fixed)}; remove them from "
+            f"the recipe, which may set {', '.join(CHANGEABLE_OPTIONS)}."
+        )
+    for key, value in options.items():
+        setattr(model.config, key, value)
+    model.config.validate()
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: KarlaForCausalLM, rows: Dataset, collate: Callable, batch_size: int
+) -> tuple[float, float, int]:
+    """Mean losses of the bare backbone and of Karla over the same tokens.
+
+    Args:
+        model: a Karla. Left in eval mode, else not modified.
+        rows: tokenized rows.
+        collate: makes `input_ids`, `attention_mask` and `labels`, each [B, T], of a list of rows.
+        batch_size: rows per forward pass.
+
+    Returns:
+        The backbone's loss and Karla's in nats per token, and the number of tokens predicted.
+    """
+    model.eval()
+    backbone_loss = karla_loss = tokens = 0.0
+    for start in logging.tqdm(range(0, len(rows), batch_size), desc="held-out loss"):
+        batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        labels = batch.pop("labels")
+        karla_loss += model(**batch, labels=labels, use_cache=False, num_items_in_batch=1).loss.item()
+        hidden = model.model.backbone(**batch, use_cache=False).last_hidden_state
+        logits = finish_logits(model.get_output_embeddings()(hidden), model.config.text_config)
+        answers = labels[:, 1:].flatten()
+        backbone_loss += cross_entropy(logits[:, :-1].flatten(0, 1).float(), answers, reduction="sum").item()
+        tokens += (answers != -100).sum().item()
+    return backbone_loss / tokens, karla_loss / tokens, int(tokens)
+
+
+def _finish(
+    trainer: KarlaSFTTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: str | Path, seconds: float
+) -> dict[str, Any]:
+    """Save the model, measure it, and write and print the summary."""
+    model, output = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
+    model.save_pretrained(output)  # not trainer.save_model, which would add a pickle of the arguments
+    tokenizer.save_pretrained(output)
+    rows = cast("Dataset", trainer.eval_dataset)
+    backbone_loss, karla_loss, tokens = held_out_losses(
+        model, rows, trainer.data_collator, trainer.args.per_device_eval_batch_size
+    )
+    summary = {
+        "recipe": str(path),
+        "model": recipe.arguments.model_name_or_path,
+        "backbone_source": model.config.base_model_source,
+        "data": recipe.arguments.dataset_name or ", ".join(recipe.arguments.dataset_files or ()),
+        "backbone_loss": backbone_loss,
+        "karla_loss": karla_loss,
+        "tokens": tokens,
+        "train_tokens": trainer._total_train_tokens,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "tick_loss": model.config.tick_loss,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
+        "versions": {name: version(name) for name in ("karla-hf", "torch", "transformers", "trl")},
+    }
+    write_json(output / "summary.json", summary)
+    new_console().print(_table(summary))
+    return summary
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    title = f"Loss on {summary['tokens']:,} held-out tokens of {summary['data']}"
+    caption = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+    table = new_table(["", "nats per token", "perplexity"], title=title, caption=caption)
+    for name, loss in (("bare backbone", summary["backbone_loss"]), ("Karla", summary["karla_loss"])):
+        table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):.3f}")
+    return table
+
+
+def _checkpoint(training: SFTConfig) -> str | None:
+    """The checkpoint's folder that `resume_from_checkpoint` means."""
+    resume, output = training.resume_from_checkpoint, str(training.output_dir)
+    if resume is None or resume.lower() == "false":
+        return None
+    if resume.lower() == "true":
+        last = get_last_checkpoint(output) if os.path.isdir(output) else None
+        if last is None:
+            raise ValueError(f"{output} holds no checkpoint to resume from; remove `resume_from_checkpoint`.")
+        return last
+    if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
+        raise ValueError(f"{resume} is no checkpoint of a training run; give a folder `checkpoint-…` of one, or true.")
+    return resume
