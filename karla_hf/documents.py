@@ -5,7 +5,9 @@ metadata, the standard library carries the Python language reference, and `data/
 no subject with either, so it shows what a memory of other things does to text it has nothing to say about.
 """
 
+import ast
 from importlib.metadata import PackageNotFoundError, metadata
+from importlib.metadata import files as distribution_files
 from importlib.resources import files
 from pathlib import Path
 
@@ -78,6 +80,37 @@ def package_description(name: str) -> str:
     if "Description" not in fields or not fields["Description"].strip():
         raise ValueError(f"The distribution {name!r} has no long description; choose another one.")
     return fields["Description"].strip()
+
+
+def class_documentation(distribution: str, path: str, name: str) -> str:
+    """Return the docstring of a class of an installed distribution, read from its source without importing it.
+
+    Args:
+        distribution: a name that `pip list` shows, such as "trl".
+        path: the source file within it, such as "trl/trainer/sft_trainer.py".
+        name: the class.
+
+    Returns:
+        The docstring, dedented.
+
+    Raises:
+        ValueError: if the distribution, the file or a docstring of the class is not there.
+
+    Example:
+        >>> class_documentation("trl", "trl/trainer/sft_trainer.py", "SFTTrainer").split(maxsplit=1)[0]
+        'Trainer'
+    """
+    try:
+        files_of_it = distribution_files(distribution) or []
+    except PackageNotFoundError:
+        raise ValueError(f"No distribution named {distribution!r} is installed; install it with pip.") from None
+    source = next((file for file in files_of_it if file.as_posix() == path), None)
+    if source is None:
+        raise ValueError(f"The distribution {distribution!r} has no file {path!r}; name a file that it installs.")
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == name and ast.get_docstring(node):
+            return ast.get_docstring(node) or ""
+    raise ValueError(f"{path} defines no class {name!r} with a docstring; name one that has one.")
 
 
 def python_reference() -> dict[str, str]:

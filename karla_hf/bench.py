@@ -1,0 +1,148 @@
+"""Honest timings: ours and a peer in turn, in one process, median of several rounds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as jsonlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+BENCH_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "bench"
+VERSIONS = ("torch", "transformers", "trl", "karla-hf")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: row name in the result.
+        amount: units of work that both sides do in one call.
+        unit: what `amount` counts, such as "tokens"; results are per second.
+        ours: does the work our way.
+        peer: what it is compared with.
+        theirs: does the same work the peer's way.
+    """
+
+    name: str
+    amount: float
+    unit: str
+    ours: Callable[[], object]
+    peer: str
+    theirs: Callable[[], object]
+
+
+def measure(row: Row, rounds: int = 5) -> dict[str, float | str]:
+    """Time both sides of a row in turn, after one untimed call of each.
+
+    Args:
+        row: the comparison.
+        rounds: timed calls of each side.
+
+    Returns:
+        `value` and `peer_value` in `unit` (per second), `peer`, and `ratio` = value / peer_value (> 1: ours is better).
+
+    Example:
+        >>> row = Row("sleep", 1, "naps", lambda: time.sleep(0.01), "longer nap", lambda: time.sleep(0.03))
+        >>> measure(row, rounds=2)["ratio"] > 1
+        True
+    """
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    row.ours()
+    row.theirs()
+    for _ in range(rounds):
+        for side in seconds:
+            started = time.perf_counter()
+            getattr(row, side)()
+            seconds[side].append(time.perf_counter() - started)
+    value, peer_value = (row.amount / statistics.median(seconds[side]) for side in ("ours", "theirs"))
+    return {
+        "value": value,
+        "unit": f"{row.unit}/s",
+        "peer": row.peer,
+        "peer_value": peer_value,
+        "ratio": value / peer_value,
+    }
+
+
+def bench_names() -> list[str]:
+    """Names of the benches in `tests/bench` of a source checkout.
+
+    Raises:
+        FileNotFoundError: if this is an installed package without its tests.
+    """
+    if not BENCH_FOLDER.is_dir():
+        raise FileNotFoundError(
+            f"The benches are not at {BENCH_FOLDER}; they come with the source checkout, so clone it and install with -e."
+        )
+    return sorted(path.stem.removeprefix("bench_") for path in BENCH_FOLDER.glob("bench_*.py"))
+
+
+def run_bench(names: list[str], json: Path | None = None, rounds: int = 5) -> list[dict]:
+    """Run benches, show each as a table, and write the results.
+
+    Args:
+        names: benches to run; `["all"]` runs every one.
+        json: file for the results: one object for one bench, a list for several.
+        rounds: timed calls of each side.
+
+    Returns:
+        One result per bench: `bench`, `rows`, `machine`, `threads`, `versions`.
+
+    Raises:
+        ValueError: for an unknown bench.
+    """
+    known = bench_names()
+    names = known if names == ["all"] else names
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"There is no bench {', '.join(unknown)}; the benches are {', '.join(known)} and all.")
+    results = []
+    for name in names:
+        rows = {row.name: measure(row, rounds) for row in _rows(name)}
+        results.append({"bench": name, "rows": rows, **environment()})
+        _show(results[-1])
+    if json is not None:
+        json.write_text(jsonlib.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def environment() -> dict[str, object]:
+    """Machine, threads and versions that a timing belongs to."""
+    return {
+        "machine": f"{platform.machine()} {platform.system()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+    }
+
+
+def _rows(name: str) -> Iterator[Row]:
+    path = BENCH_FOLDER / f"bench_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"karla_bench_{name}", path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield from module.rows()
+
+
+def _show(result: dict) -> None:
+    table = Table(title=f"bench {result['bench']}, {result['threads']} threads, {result['machine']}")
+    for column in ("row", "ours", "peer", "peer's", "ratio"):
+        table.add_column(column, justify="left" if column in ("row", "peer") else "right")
+    for name, row in result["rows"].items():
+        unit = row["unit"]
+        table.add_row(
+            name, f"{row['value']:.1f} {unit}", row["peer"], f"{row['peer_value']:.1f} {unit}", f"{row['ratio']:.2f}"
+        )
+    Console().print(table)

@@ -1,0 +1,79 @@
+"""The numbers that the README promises, on the real SmolLM2-135M (slow: `make test-all`)."""
+
+import pytest
+import torch
+
+from karla_hf import KarlaForCausalLM, load_backbone, load_tokenizer
+from karla_hf.demo import DOCUMENT, RELATED
+from karla_hf.documents import class_documentation, unrelated_text
+from karla_hf.evaluation import exact_recall, perplexity
+from karla_hf.facts import make_facts
+
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(NAME)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(NAME)
+
+
+@pytest.fixture
+def model(backbone, tokenizer):
+    return KarlaForCausalLM.from_backbone(backbone, tokenizer)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_hundred_facts_are_recalled_after_one_reading(model, tokenizer, seed):
+    facts = make_facts(200, split="test", seed=seed)
+    story = unrelated_text()
+    before = perplexity(model, tokenizer, story, progress=False)
+    model.read([fact.text for fact in facts], tokenizer, progress=False)
+    recalled = exact_recall(model, tokenizer, facts, progress=False)
+    assert recalled.exact >= 194, recalled.by_form
+    assert perplexity(model, tokenizer, story, progress=False) <= 1.005 * before
+
+
+def test_without_the_memory_no_fact_is_known(model, tokenizer):
+    facts = make_facts(40, split="test")
+    model.read([fact.text for fact in facts], tokenizer, progress=False)
+    model.use_memory(False)
+    assert exact_recall(model, tokenizer, facts, progress=False).exact == 0
+
+
+def test_a_document_is_known_and_helps_a_related_one(model, tokenizer):
+    document, related = class_documentation(*DOCUMENT), class_documentation(*RELATED)
+    before = perplexity(model, tokenizer, related, progress=False)
+    model.read(document, tokenizer, progress=False)
+    assert perplexity(model, tokenizer, document, progress=False) <= 1.4
+    assert perplexity(model, tokenizer, related, progress=False) <= 0.8 * before
+
+
+def test_a_table_of_one_row_per_head_does_not_help(model, tokenizer):
+    """Control: with nowhere to put things, the same writes teach next to nothing."""
+    constants = model.engram.constants
+    one = torch.ones_like(constants.primes)
+    model.engram.constants = constants._replace(primes=one, offsets=torch.arange(one.numel()).view_as(one))
+    facts = make_facts(40, split="test")
+    model.read([fact.text for fact in facts], tokenizer, progress=False)
+    assert model.packs() == {"default": one.numel()}
+    assert exact_recall(model, tokenizer, facts, progress=False).exact <= 4
+
+
+def test_decoding_token_by_token_equals_the_full_forward_pass(model, tokenizer):
+    text = make_facts(1, split="test")[0].text
+    model.read(text, tokenizer, progress=False)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        full, cache, steps = model(ids).logits, None, []
+        for token in ids[0]:
+            out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-3)
