@@ -20,7 +20,7 @@ def draw_before_after(measured: dict, path: Path) -> None:
     bars = recall.bar(("before", "after"), (measured["recall_before"], measured["recall_after"]), color=colours)
     recall.bar_label(bars)
     recall.set_ylim(0, measured["facts"] * 1.12)
-    recall.set_title(f"made-up facts recalled exactly, of {measured['facts']}")
+    recall.set_title(f"facts recalled, of {measured['facts']}")
     texts = ("reread", "related", "unrelated")
     for side, (when, colour) in enumerate(zip(("before", "after"), colours, strict=True)):
         values = [measured[f"{text}_{when}"] for text in texts]
