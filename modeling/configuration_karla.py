@@ -31,9 +31,13 @@ class KarlaConfig(PreTrainedConfig):
         backbone_included: whether the checkpoint holds the backbone's weights itself.
         engram_families: address families of the memory (L1), each `{"kind": "ngram", "order": n, "weight": w}`; the
             weights are the shares of a written correction.
-        engram_num_heads: tables per family.
+        engram_num_heads: heads of a row: a name's row has `engram_num_heads * engram_head_dim` coordinates.
         engram_head_dim: coordinates of the hidden state per head; None takes 64, or what fits.
-        engram_rows_per_head: least number of rows per table (the next unused prime is taken).
+        engram_rows_per_head: rows per family and head of a pack's first table; a pack grows beyond it.
+        engram_max_rows: most rows of a pack's slowest level, over all families; None lets it grow.
+        engram_chunk_size: positions written together: one step of the memory's clock.
+        engram_update_periods: chunks between two changes of each level of the memory; the first is 1, and each is a
+            multiple of the one before.
         engram_seed: seed of hash multipliers and coordinates, used once, when a model is made.
         ctm_num_ticks: S, ticks of thought per position (L2).
         ctm_hidden_size: E, width of queries, keys and values.
@@ -76,6 +80,9 @@ class KarlaConfig(PreTrainedConfig):
     engram_num_heads: int = 8
     engram_head_dim: int | None = None
     engram_rows_per_head: int = 65536
+    engram_max_rows: int | None = None
+    engram_chunk_size: int = 64
+    engram_update_periods: list[int] | tuple[int, ...] = (1, 8, 64)
     engram_seed: int = 0
 
     ctm_num_ticks: int = 10
@@ -124,8 +131,16 @@ class KarlaConfig(PreTrainedConfig):
             order, weight = family["order"], family["weight"]
             if not (isinstance(order, int) and order >= 1 and isinstance(weight, int | float) and weight > 0):
                 raise ValueError(f"`engram_families` holds {family}; give an int order >= 1 and a weight > 0.")
-        for name in ("engram_num_heads", "engram_rows_per_head"):
+        for name in ("engram_num_heads", "engram_rows_per_head", "engram_chunk_size"):
             self._at_least(name, 1)
+        if self.engram_max_rows is not None:
+            self._at_least("engram_max_rows", 1)
+        periods = list(self.engram_update_periods)
+        whole = all(isinstance(period, int) and period >= 1 for period in periods)
+        if not whole or periods[:1] != [1] or any(b <= a or b % a for a, b in zip(periods, periods[1:], strict=False)):
+            raise ValueError(
+                f"`engram_update_periods` is {periods}; give 1 first and then growing multiples, such as [1, 8, 64]."
+            )
         hidden = getattr(self.text_config, "hidden_size", None)
         if hidden is not None and self.engram_head_dim is not None:
             self._at_least("engram_head_dim", 1)

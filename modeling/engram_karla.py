@@ -1,99 +1,237 @@
-"""Engram, the memory that learns by reading: hashed rows in CPU RAM, read in O(1).
+"""Engram memory: rows on the CPU, addressed by what has just been read, added to the hidden state.
 
-A pack is one table of rows. A position's names (see `hashing_karla`) address one row per family and head; a row counts
-only if its fingerprint says that it belongs to that name. Each head owns fixed coordinates of the hidden state, a random
-subset per family, so a read is a sparse sum of rows and no projection is needed:
+A pack is one body of reading: levels of tables, from a small fast one to a large slow one. Each name of a position (see
+`hashing_karla`) has one row; family f owns the coordinates C_f of the hidden state, a run that wraps around, so a read is
+a sparse sum of rows and no projection is needed:
 
-    m_t = sum_f sum_j  P_{f,j}^T row_{f,j}(t),        P_{f,j} selects `head_dim` coordinates.
+    m_t = sum over packs, levels and families f of  scatter(row(name_{t,f}), C_f).
 
-The rows are neither parameters nor buffers: `.to()`, quantisers, DDP and `state_dict` never touch them.
+What is written goes to the fastest level. When a slower level is due, it takes over all that the level before it holds,
+and that one starts again from nothing: the sum, which is what reads see, stays as it was. The rows are neither
+parameters nor buffers: `.to()`, quantisers, DDP and `state_dict` never touch them.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from transformers.utils import logging
 
-from .hashing_karla import NO_TOKEN, HashConstants, Names, NgramFamily, hash_constants
+from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants
+from .nested_karla import Clock, LevelSpec
+from .table_karla import EngramTable
 
 
-class EngramTable:
-    """The rows of one pack.
+logger = logging.get_logger(__name__)
+GROWTH = 2
 
-    Args:
-        num_rows: rows of all heads together.
-        head_dim: width of a row.
+
+class EngramLayout(NamedTuple):
+    """Sizes that all packs of a memory share.
 
     Attributes:
-        rows: [R, head_dim] float16, zero where nothing was written.
-        owners: [R] int16 fingerprints, 0 for an empty row.
+        hidden_size: D.
+        width: coordinates of a row, at most D.
+        chunk_size: positions written together: one step of a pack's clock.
+        update_periods: of every level in chunks; the first is 1, each is a multiple of the one before.
+        num_rows: rows of the slowest level's first table.
+        max_rows: most rows of the slowest level; None lets it grow.
     """
 
-    def __init__(self, num_rows: int, head_dim: int):
-        # zeros come as untouched pages of the operating system: memory is used as rows are written
-        self.rows = torch.zeros(num_rows, head_dim, dtype=torch.float16)
-        self.owners = torch.zeros(num_rows, dtype=torch.int16)
+    hidden_size: int
+    width: int
+    chunk_size: int
+    update_periods: tuple[int, ...]
+    num_rows: int
+    max_rows: int | None = None
 
-    def owned(self, names: Names) -> torch.Tensor:
-        """[..., F, H] bool: which addressed rows belong to their name."""
-        wanted = names.fingerprints[..., None]
-        return (self.owners[names.rows] == wanted) & (wanted != 0)
 
-    def read(self, names: Names) -> torch.Tensor:
-        """[..., F, H, head_dim] float32: the addressed rows, zero where the row belongs to another name."""
-        rows = self.rows[names.rows].float()
-        return rows.masked_fill_(~self.owned(names)[..., None], 0.0)
+class Level:
+    """Tables of one update period. New names go into the last one; what finds no place opens a further one.
 
-    def claim(self, names: Names) -> None:
-        """Give every empty addressed row to the first name that asks for it; owned rows keep their owner."""
-        rows = names.rows.flatten()
-        wanted = names.fingerprints[..., None].expand_as(names.rows).flatten()
-        empty = (self.owners[rows] == 0) & (wanted != 0)
-        rows, wanted = rows[empty].flip(0), wanted[empty].flip(0)
-        # numpy assigns in order, so after the flip the first name's fingerprint is the one that stays
-        self.owners.numpy()[rows.numpy()] = wanted.numpy()
+    Args:
+        num_rows: rows of the first table.
+        width: coordinates of a row.
+        max_rows: most rows of all tables; None for no limit.
 
-    def add(self, names: Names, change: torch.Tensor) -> None:
-        """Add to the owned rows; where several positions share a row, the mean of their changes (count-mean).
+    Attributes:
+        tables: the tables; a name lives in one of them at the most.
+        lost: names that found no place because `max_rows` allows no further table.
+    """
 
-        Args:
-            names: of P positions.
-            change: [P, F, H, head_dim] float32.
-        """
-        owned = self.owned(names)
-        rows, inverse, counts = torch.unique(names.rows[owned], return_inverse=True, return_counts=True)
-        total = torch.zeros(len(rows), change.shape[-1]).index_add_(0, inverse, change[owned])
-        self.rows[rows] = (self.rows[rows].float() + total / counts[:, None]).to(self.rows.dtype)
+    def __init__(self, num_rows: int, width: int, max_rows: int | None = None):
+        self.max_rows, self.lost = max_rows, 0
+        self.tables = [EngramTable(num_rows if max_rows is None else min(num_rows, max_rows), width)]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all tables."""
+        return sum(len(table) for table in self.tables)
 
     @property
     def num_owned(self) -> int:
-        """Rows that belong to a name."""
-        return int((self.owners != 0).sum())
+        """Rows that have a name."""
+        return sum(table.num_owned for table in self.tables)
+
+    def read(self, names: np.ndarray) -> torch.Tensor:
+        """[N, width] float32: the row of every name [N] int64, zero where there is none."""
+        values = self.tables[0].read(names)
+        for table in self.tables[1:]:
+            values += table.read(names)
+        return values
+
+    def claim(self, names: np.ndarray) -> np.ndarray:
+        """Give every name a row unless it has one.
+
+        Args:
+            names: [N] int64.
+
+        Returns:
+            [N] bool; False for `NO_NAME`, and where `max_rows` leaves no place.
+        """
+        kept = np.zeros(len(names), np.bool_)
+        for table in self.tables[:-1]:
+            kept |= table.find(names) >= 0
+        kept[~kept] = self.tables[-1].claim(names[~kept])
+        homeless = ~kept & (names != NO_NAME)
+        while homeless.any() and self._open_table():
+            kept[homeless] = self.tables[-1].claim(names[homeless])
+            homeless = ~kept & (names != NO_NAME)
+        if homeless.any():
+            if not self.lost:
+                logger.warning(
+                    f"The memory is full: {self.num_owned} of {self.num_rows} rows have names, and engram_max_rows allows "
+                    "no more; what is new will be stored in part or not at all. Forget a pack or raise the limit."
+                )
+            self.lost += len(np.unique(names[homeless]))
+        return kept
+
+    def _open_table(self) -> bool:
+        rows = GROWTH * len(self.tables[-1])
+        if self.max_rows is not None:
+            rows = min(rows, self.max_rows - self.num_rows)
+        if rows < 1:
+            return False
+        logger.info(f"A memory table of {len(self.tables[-1])} rows is full; opening one of {rows} beside it.")
+        self.tables.append(EngramTable(rows, self.tables[0].width))
+        return True
+
+    def add(self, names: np.ndarray, change: torch.Tensor) -> None:
+        """Add change [N, width] float32 to the rows of distinct names [N] int64, all of them here."""
+        if len(self.tables) == 1:
+            self.tables[0].add(names, change)
+            return
+        for table in self.tables:
+            here = table.find(names) >= 0
+            table.add(names[here], change[torch.from_numpy(here)])
+
+    def items(self) -> tuple[np.ndarray, np.ndarray]:
+        """All names [M] int64, ascending, and their rows [M, width] float16; copies."""
+        parts = [table.items() for table in self.tables]
+        names, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order = np.argsort(names, kind="stable")
+        return names[order], rows[order]
+
+    def clear(self) -> None:
+        """Forget everything; one table stays."""
+        del self.tables[1:]
+        self.tables[0].clear()
+
+
+class Pack:
+    """One body of reading.
+
+    Args:
+        layout: the sizes.
+        num_families: F.
+
+    Attributes:
+        levels: the fastest first.
+        clock: counts chunks.
+        sources: titles of what was read, in the order of reading.
+        tokens: tokens read.
+    """
+
+    def __init__(self, layout: EngramLayout, num_families: int):
+        specs = [LevelSpec(f"level {k}", period) for k, period in enumerate(layout.update_periods)]
+        self.clock = Clock(specs)
+        # a fast level holds what comes between two hand-overs, half filled; the slowest grows
+        sizes = [2 * period * layout.chunk_size * num_families for period in layout.update_periods[1:]]
+        self.levels = [Level(size, layout.width) for size in sizes]
+        self.levels.append(Level(layout.num_rows, layout.width, layout.max_rows))
+        self.sources: list[str] = []
+        self.tokens = 0
+
+    @property
+    def num_owned(self) -> int:
+        """Rows that have a name, over all levels."""
+        return sum(level.num_owned for level in self.levels)
+
+    @property
+    def num_lost(self) -> int:
+        """Names that found no row."""
+        return sum(level.lost for level in self.levels)
+
+    @property
+    def load(self) -> float:
+        """Owned rows of all levels over the rows of the slowest."""
+        return self.num_owned / self.levels[-1].num_rows
+
+    def read(self, names: np.ndarray) -> torch.Tensor:
+        """[N, width] float32: the sum of the levels' rows of every name [N] int64."""
+        values = self.levels[0].read(names)
+        for level in self.levels[1:]:
+            if level.num_owned:
+                values += level.read(names)
+        return values
+
+    def claim(self, names: np.ndarray) -> np.ndarray:
+        """Give names [N] int64 rows in the fastest level; returns [N] bool, which have one."""
+        return self.levels[0].claim(names)
+
+    def add(self, names: np.ndarray, change: torch.Tensor) -> None:
+        """Add change [N, width] float32 to rows of the fastest level; names [N] int64 are distinct and claimed."""
+        self.levels[0].add(names, change)
+
+    def tick(self) -> None:
+        """Count one chunk; every slower level that is due takes over what the level before it holds."""
+        due = {spec.name for spec in self.clock.tick()}
+        for spec, fast, slow in zip(self.clock.levels[1:], self.levels, self.levels[1:], strict=False):
+            if spec.name in due:
+                names, rows = fast.items()
+                kept = slow.claim(names)
+                slow.add(names[kept], torch.from_numpy(rows[kept]).float())
+                fast.clear()
 
 
 class Engram:
     """A stack of packs behind one set of addresses.
 
     Args:
-        constants: hash constants.
-        families: the F families, in the order of `constants.primes`.
-        coordinates: [F, H, head_dim] int64, coordinates of the hidden state that each head holds; distinct in a family.
-        hidden_size: width D of the hidden state.
+        constants: what names depend on.
+        families: the F families.
+        layout: the sizes.
 
     Attributes:
-        packs: tables by name, in the order in which they were made.
+        packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
+        coordinates: [F, width] int64, coordinates of the hidden state that each family owns.
     """
 
-    def __init__(
-        self, constants: HashConstants, families: list[NgramFamily], coordinates: torch.Tensor, hidden_size: int
-    ):
-        self.constants = constants
-        self.families = families
-        self.coordinates = coordinates
-        self.hidden_size = hidden_size
+    def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
+        self.constants, self.families, self.layout = constants, families, layout
         self.weights = torch.tensor([family.weight for family in families])
-        self.packs: dict[str, EngramTable] = {}
+        self.packs: dict[str, Pack] = {}
         self.enabled = True
+        starts = torch.arange(len(families)) * layout.hidden_size // len(families)
+        self.coordinates = (starts[:, None] + torch.arange(layout.width)) % layout.hidden_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the hidden state."""
+        return self.layout.hidden_size
 
     @property
     def history(self) -> int:
@@ -117,27 +255,49 @@ class Engram:
             return compressed
         return compressed.masked_fill(attention_mask.cpu() == 0, NO_TOKEN)
 
-    def open_pack(self, name: str) -> EngramTable:
-        """The table of `name`, made empty when it does not exist."""
+    def open_pack(self, name: str) -> Pack:
+        """The pack of that name, made empty when it does not exist."""
         if name not in self.packs:
-            self.packs[name] = EngramTable(self.constants.num_rows, self.coordinates.shape[-1])
+            self.packs[name] = self.new_pack()
         return self.packs[name]
 
-    def read(self, names: Names) -> torch.Tensor:
+    def new_pack(self) -> Pack:
+        """An empty pack of this memory's sizes, not yet one of its packs."""
+        return Pack(self.layout, len(self.families))
+
+    def read(self, names: torch.Tensor) -> torch.Tensor:
         """What the memory adds to the hidden state.
 
         Args:
-            names: of any leading shape.
+            names: [..., F] int64.
 
         Returns:
             [..., D] float32 on the CPU, sum over packs; each position depends on its own names only.
         """
-        memory = torch.zeros(*names.rows.shape[:-2], self.hidden_size)
-        if self.active:
-            index = self.coordinates.flatten()
-            for table in self.packs.values():
-                memory.index_add_(-1, index, table.read(names).flatten(-3))
+        if not self.active:
+            return torch.zeros(*names.shape[:-1], self.hidden_size)
+        flat = names.reshape(-1).numpy()
+        packs = iter(self.packs.values())
+        values = next(packs).read(flat)
+        for pack in packs:
+            values += pack.read(flat)
+        return self.scatter(values.view(-1, len(self.families), self.layout.width)).view(*names.shape[:-1], -1)
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [N, F, width] float32 at the families' coordinates, summed: [N, D]."""
+        memory = rows.new_zeros(len(rows), self.hidden_size)
+        for family, coordinates in enumerate(self.coordinates):
+            start = int(coordinates[0])
+            run = min(self.layout.width, self.hidden_size - start)
+            memory[:, start : start + run] += rows[:, family, :run]
+            memory[:, : self.layout.width - run] += rows[:, family, run:]
         return memory
+
+    def gather(self, states: torch.Tensor) -> torch.Tensor:
+        """The families' coordinates of states [N, D]: [N, F, width]."""
+        twice = torch.cat([states, states], dim=-1)
+        starts = self.coordinates[:, 0].tolist()
+        return torch.stack([twice[:, start : start + self.layout.width] for start in starts], dim=1)
 
 
 def new_engram(config, token_map: torch.Tensor, pad_id: int) -> Engram:
@@ -149,9 +309,13 @@ def new_engram(config, token_map: torch.Tensor, pad_id: int) -> Engram:
         pad_id: token id that stands for "no token" in a hash.
     """
     families = [NgramFamily(family["order"], family["weight"]) for family in config.engram_families]
-    heads, width, hidden = config.engram_num_heads, config.engram_head_dim, config.text_config.hidden_size
-    orders = [family.order for family in families]
-    constants = hash_constants(orders, heads, config.engram_rows_per_head, token_map, pad_id, config.engram_seed)
-    generator = torch.Generator().manual_seed(config.engram_seed)
-    shuffled = [torch.randperm(hidden, generator=generator)[: heads * width] for _ in families]
-    return Engram(constants, families, torch.stack(shuffled).view(-1, heads, width), hidden)
+    constants = name_constants(max(family.order for family in families), token_map, pad_id, config.engram_seed)
+    layout = EngramLayout(
+        hidden_size=config.text_config.hidden_size,
+        width=config.engram_num_heads * config.engram_head_dim,
+        chunk_size=config.engram_chunk_size,
+        update_periods=tuple(config.engram_update_periods),
+        num_rows=config.engram_rows_per_head * len(families),
+        max_rows=config.engram_max_rows,
+    )
+    return Engram(constants, families, layout)

@@ -19,11 +19,12 @@ import torch
 
 
 _MULTIPLIER_SEED_STRIDE = 10007
-_FINGERPRINT_MULTIPLIER = 0x2545F4914F6CDD1D  # odd, below 2^63: spreads the mix over the upper bits
+_FAMILY_STRIDE = 0x1E3779B97F4A7C15  # odd, below 2^61: separates the families' mixes
 _LONE_SPACE = "\ue000"
 # Unicode's white space, which the reference strips; str.strip() would take the separators \x1c to \x1f too
 _WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace() and char not in "\x1c\x1d\x1e\x1f")
 NO_TOKEN = -1
+NO_NAME = 0
 
 
 class HashConstants(NamedTuple):
@@ -47,6 +48,20 @@ class HashConstants(NamedTuple):
     def num_rows(self) -> int:
         """Rows of all tables together."""
         return int(self.primes.sum())
+
+
+class NameConstants(NamedTuple):
+    """What the names of a memory depend on; saved with it.
+
+    Attributes:
+        multipliers: [longest order] int64, odd; `multipliers[k]` belongs to the token `k` steps back.
+        token_map: [V] int64, compressed id of every token id.
+        pad_id: compressed id that is hashed where there is no token (before the first, or at a masked position).
+    """
+
+    multipliers: torch.Tensor
+    token_map: torch.Tensor
+    pad_id: int
 
 
 class NgramFamily(NamedTuple):
@@ -155,6 +170,23 @@ def hash_constants(
     )
 
 
+def name_constants(longest: int, token_map: torch.Tensor, pad_id: int, seed: int) -> NameConstants:
+    """Draw the constants of a new memory; the multipliers are those of `hash_constants`.
+
+    Args:
+        longest: n of the longest n-gram.
+        token_map: [V] int64, see `compress_vocabulary`.
+        pad_id: token id (not compressed) that stands for "no token".
+        seed: seed of the multipliers.
+
+    Example:
+        >>> name_constants(2, torch.arange(50), 0, seed=0).multipliers % 2
+        tensor([1, 1])
+    """
+    multipliers = torch.from_numpy(_multipliers(longest, int(token_map.max()) + 1, seed))
+    return NameConstants(multipliers, token_map, int(token_map[pad_id]))
+
+
 def _multipliers(count: int, vocab_size: int, seed: int, layer: int = 0) -> np.ndarray:
     half_bound = max(1, (np.iinfo(np.int64).max // vocab_size) // 2)
     generator = np.random.default_rng(seed + _MULTIPLIER_SEED_STRIDE * layer)
@@ -171,65 +203,62 @@ def _distinct_primes(num_families: int, num_heads: int, at_least: int) -> torch.
     return torch.tensor(found, dtype=torch.int64).view(num_families, num_heads)
 
 
-class Names(NamedTuple):
-    """Where positions live in the memory.
-
-    Attributes:
-        rows: [..., F, H] int64 row addresses in [0, `HashConstants.num_rows`).
-        fingerprints: [..., F] int16, sixteen further bits of the name that tell whose a row is; 0 where a position has
-            no name because fewer tokens precede it than the shortest family needs.
-    """
-
-    rows: torch.Tensor
-    fingerprints: torch.Tensor
-
-    def select(self, index) -> Names:
-        """The names at `index` along the first dimension."""
-        return Names(self.rows[index], self.fingerprints[index])
-
-
-def name_positions(history: torch.Tensor, families: list[NgramFamily], constants: HashConstants) -> Names:
+def name_positions(history: torch.Tensor, families: list[NgramFamily], constants: NameConstants) -> torch.Tensor:
     """Name every position of a text by every family.
+
+    A name is the family's 63-bit mix, salted with the family's number and scrambled by the bijection of splitmix64, so
+    that each half of it picks a bucket evenly and two families never share a name.
 
     Args:
         history: [B, S - 1 + T] int64 compressed ids, `NO_TOKEN` where there is none; the first S - 1, with S the longest
             span, are context only.
         families: the F families.
-        constants: see `HashConstants`.
+        constants: see `NameConstants`.
 
     Returns:
-        Names with leading shape [B, T].
+        [B, T, F] int64 names; `NO_NAME` where fewer tokens precede a position than the shortest family needs.
     """
-    length = history.shape[1] - max(family.span for family in families) + 1
-    missing = history == NO_TOKEN
-    tokens = history.masked_fill(missing, constants.pad_id)
-    mix = torch.stack([family.mix(tokens, constants.multipliers)[:, -length:] for family in families], dim=-1)
-    shortest = min(family.span for family in families)
-    unnamed = missing.unfold(1, shortest, 1).any(-1)[:, -length:, None]
-    return Names(row_addresses(mix, constants), fingerprints(mix).masked_fill_(unnamed, 0))
+    spans = [family.span for family in families]
+    reach = max(spans)
+    ids = history.numpy()
+    missing = ids == NO_TOKEN
+    tokens = np.where(missing, constants.pad_id, ids)
+    newest_first = np.lib.stride_tricks.sliding_window_view(tokens, reach, axis=1)[:, :, ::-1]
+    mixes = np.bitwise_xor.accumulate(newest_first * constants.multipliers[:reach].numpy(), axis=-1)
+    names = scramble(mixes[:, :, [span - 1 for span in spans]] + np.arange(1, len(spans) + 1) * _FAMILY_STRIDE)
+    shortest = np.lib.stride_tricks.sliding_window_view(missing, min(spans), axis=1)[:, -names.shape[1] :]
+    names[shortest.any(-1)] = NO_NAME
+    return torch.from_numpy(names)
+
+
+def scramble(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: a bijection of 64-bit integers all of whose bits depend on all bits of the input.
+
+    Args:
+        values: int64. Not modified.
+
+    Returns:
+        int64 of the same shape, never `NO_NAME` (what would be becomes 1).
+
+    Example:
+        >>> scramble(np.array([0, 1, 2])).tolist()
+        [1, 6238072747940578789, -2606959012126976886]
+    """
+    bits = values.view(np.uint64)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits = (bits ^ (bits >> np.uint64(31))).view(np.int64)
+    return np.where(bits == NO_NAME, 1, bits)
 
 
 def row_addresses(mix: torch.Tensor, constants: HashConstants) -> torch.Tensor:
-    """Rows that a name addresses, one per head: offset + mix mod prime.
+    """Rows that a mix addresses in the published tables, one per head: offset + mix mod prime.
 
     Args:
-        mix: [..., F] int64 from `mix_families`.
+        mix: [..., F] int64, non-negative.
         constants: see `HashConstants`.
 
     Returns:
         [..., F, H] int64 in [0, `constants.num_rows`).
     """
     return mix[..., None] % constants.primes + constants.offsets
-
-
-def fingerprints(mix: torch.Tensor) -> torch.Tensor:
-    """Sixteen further bits of a name, kept beside a row to tell whose it is.
-
-    Args:
-        mix: [..., F] int64.
-
-    Returns:
-        [..., F] int16, never 0 (0 marks an empty row).
-    """
-    bits = ((mix * _FINGERPRINT_MULTIPLIER) >> 47).to(torch.int16)
-    return torch.where(bits == 0, torch.ones_like(bits), bits)

@@ -38,6 +38,7 @@ class KarlaMemoryMixin:
         *,
         pack: str = "default",
         context: str = "closed",
+        sign: int = 1,
         progress: bool = True,
     ) -> ReadReport:
         """Read texts once and write what was surprising into a pack. The backbone and the head are not modified.
@@ -49,16 +50,20 @@ class KarlaMemoryMixin:
             context: what the backbone sees while reading. `"closed"`: windows of 32 tokens, so that whatever it would
                 not know without the text is stored. `"open"`: windows of 512, which stores only what surprises in
                 context, and reads faster.
+            sign: 1 to learn the texts; -1 to unlearn them, which makes them unlikely wherever their words stand in this
+                order.
             progress: whether to show a progress bar.
 
         Returns:
             The report.
 
         Raises:
-            ValueError: for an unknown context, a name that no pack can have, no text, a text of fewer than two tokens,
+            ValueError: for an unknown context or sign, a name that no pack can have, no text, a text of fewer than two tokens,
                 or another tokenizer.
         """
         check_pack_name(pack)
+        if sign not in (1, -1):
+            raise ValueError(f"sign is {sign!r}; give 1 to learn the texts or -1 to unlearn them.")
         if context not in WINDOWS:
             raise ValueError(f"context is {context!r}; give one of {sorted(WINDOWS)}.")
         self._check_tokenizer(tokenizer)
@@ -75,6 +80,7 @@ class KarlaMemoryMixin:
                 *self.model.output_projection(),
                 window=window,
                 stride=stride,
+                sign=sign,
                 progress=progress,
             )
         finally:
@@ -92,7 +98,7 @@ class KarlaMemoryMixin:
 
     def packs(self) -> dict[str, int]:
         """Rows that each pack owns, by name, in the order in which the packs were made."""
-        return {name: table.num_owned for name, table in self.engram.packs.items()}
+        return {name: pack.num_owned for name, pack in self.engram.packs.items()}
 
     def use_memory(self, enabled: bool) -> None:
         """Switch the memory on or off; off, the logits are those of backbone and head alone."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
-from .engram_karla import Engram, EngramTable
-from .hashing_karla import NO_TOKEN, Names, name_positions
+from .engram_karla import Engram, Pack
+from .hashing_karla import NO_TOKEN, name_positions
 from .writing_karla import write_chunk
 
 
@@ -25,8 +25,9 @@ class ReadReport(NamedTuple):
         texts: number of texts.
         tokens: tokens read.
         positions_written: positions whose next token had been unlikely.
-        rows_written: rows of the pack that belong to a name and did not before.
-        load: owned rows over all rows of the pack, 0 to 1.
+        rows_written: change in the rows of the pack that have a name.
+        rows_lost: names that found no row, because the pack is full and may not grow.
+        load: owned rows over all rows of the pack's slowest level, 0 to 1.
         surprise_before: mean -log p of the next token before the write, in nats.
         surprise_after: the same right after the write.
         seconds: wall time.
@@ -37,6 +38,7 @@ class ReadReport(NamedTuple):
     tokens: int
     positions_written: int
     rows_written: int
+    rows_lost: int
     load: float
     surprise_before: float
     surprise_after: float
@@ -93,11 +95,11 @@ class _Batch(NamedTuple):
     attention_mask: torch.Tensor  # [B, W]
     used: torch.Tensor  # [B, W] bool
     targets: torch.Tensor  # [P]
-    names: Names  # of P positions
+    names: torch.Tensor  # [P, F]
 
 
 def _batches(texts: list[torch.Tensor], windows: list[Window], engram: Engram, per_batch: int) -> Iterator[_Batch]:
-    named: dict[int, Names] = {}
+    named: dict[int, torch.Tensor] = {}
     for first in range(0, len(windows), per_batch):
         group = windows[first : first + per_batch]
         width = max(w.end - w.start for w in group)
@@ -112,78 +114,92 @@ def _batches(texts: list[torch.Tensor], windows: list[Window], engram: Engram, p
             mask[row, : w.end - w.start] = 1
             used[row, w.keep - w.start : w.end - w.start] = True
             targets.append(texts[w.text][w.keep + 1 : w.end + 1])
-            names.append(named[w.text].select(slice(w.keep, w.end)))
-        rows, prints = (torch.cat(part) for part in zip(*names, strict=True))
-        yield _Batch(ids, mask, used, torch.cat(targets), Names(rows, prints))
+            names.append(named[w.text][w.keep : w.end])
+        yield _Batch(ids, mask, used, torch.cat(targets), torch.cat(names))
 
 
-def _name_text(ids: torch.Tensor, engram: Engram) -> Names:
+def _name_text(ids: torch.Tensor, engram: Engram) -> torch.Tensor:
     history = torch.nn.functional.pad(engram.compress(ids[None]), (engram.history, 0), value=NO_TOKEN)
-    return name_positions(history, engram.families, engram.constants).select(0)
+    return name_positions(history, engram.families, engram.constants)[0]
+
+
+def _chunks(
+    batches: Iterator[_Batch], hidden_states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Names [P, F], hidden states [P, D] and targets [P] in chunks of `size` positions, wherever the batches end."""
+    waiting: list[tuple[torch.Tensor, ...]] = []
+    for batch in batches:
+        states = hidden_states(batch.input_ids, batch.attention_mask)
+        fresh = (batch.names, states[batch.used.to(states.device)], batch.targets.to(states.device))
+        waiting = [tuple(map(torch.cat, zip(*waiting, fresh, strict=True)))] if waiting else [fresh]
+        names, states, targets = waiting.pop()
+        whole = len(targets) - len(targets) % size
+        for at in range(0, whole, size):
+            yield names[at : at + size], states[at : at + size], targets[at : at + size]
+        if whole < len(targets):
+            waiting = [(names[whole:], states[whole:], targets[whole:])]
+    if waiting:
+        names, states, targets = waiting.pop()
+        yield names, states, targets
 
 
 def read_texts(
     texts: list[torch.Tensor],
     engram: Engram,
-    table: EngramTable,
+    pack: Pack,
     hidden_states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     output_embeddings: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
     window: int = 32,
     stride: int = 16,
-    chunk: int = 256,
     batch_tokens: int = 1024,
+    sign: int = 1,
     progress: bool = True,
 ) -> ReadReport:
     """Write texts into a pack, in order, in one pass.
 
     Args:
         texts: token ids of every text, each [N] int64 with N >= 2.
-        engram: the memory.
-        table: the pack that is written (modified in place).
+        engram: the memory; its layout says how many positions are written together.
+        pack: the pack that is written (modified in place).
         hidden_states: maps input ids and attention mask, both [B, W] int64, to final hidden states [B, W, D] without
             the memory.
         output_embeddings: [V, D] scaled rows of the output layer.
         bias: [V] of the output layer, or None.
         window: tokens shown to the backbone at once.
         stride: tokens a window moves on by.
-        chunk: positions written together; reads within a chunk see the table as it was before.
         batch_tokens: tokens per forward pass of the backbone.
+        sign: 1 to learn the texts, -1 to unlearn them.
         progress: whether to show a progress bar.
 
     Returns:
         The report.
     """
     started = time.perf_counter()
-    rows_before = table.num_owned
+    rows_before, lost_before = pack.num_owned, pack.num_lost
     windows = plan_windows([len(text) for text in texts], window, stride)
     tokens = sum(len(text) for text in texts)
     before, after, written = [], [], 0
-    bar = logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress)
-    for batch in _batches(texts, windows, engram, max(1, batch_tokens // window)):
-        states = hidden_states(batch.input_ids, batch.attention_mask)
-        states = states[batch.used.to(states.device)]
-        for at in range(0, len(states), chunk):
-            part = slice(at, at + chunk)
-            targets = batch.targets[part].to(states.device)
-            result = write_chunk(
-                engram, table, batch.names.select(part), states[part], targets, output_embeddings, bias
-            )
+    batches = _batches(texts, windows, engram, max(1, batch_tokens // window))
+    with logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress) as bar:
+        for names, states, targets in _chunks(batches, hidden_states, engram.layout.chunk_size):
+            result = write_chunk(engram, pack, names, states, targets, output_embeddings, bias, sign=sign)
+            pack.tick()
             before.append(result.surprise_before)
             after.append(result.surprise_after)
             written += int(result.written.sum())
-        bar.update(len(states))
-    bar.update(tokens - bar.n)
-    bar.close()
+            bar.update(len(targets))
+        bar.update(tokens - bar.n)
+    pack.tokens += tokens
     seconds = time.perf_counter() - started
-    rows = table.num_owned
     return ReadReport(
         texts=len(texts),
         tokens=tokens,
         positions_written=written,
-        rows_written=rows - rows_before,
-        load=rows / len(table.owners),
+        rows_written=pack.num_owned - rows_before,
+        rows_lost=pack.num_lost - lost_before,
+        load=pack.load,
         surprise_before=float(torch.cat(before).mean()),
         surprise_after=float(torch.cat(after).mean()),
         seconds=seconds,

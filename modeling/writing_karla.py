@@ -3,11 +3,13 @@
 The write moves the rows of a position so that its next token becomes likely. With output embeddings W, the mean
 competitor c = sum_{k != y} p_k W_k / (1 - p_y) and d = W_y - c, a change along d moves the margin of y by d . change, so
 
-    change = margin * d / sum_f w_f |M_f d|^2,        rows_{f,j} += w_f * P_{f,j} change,
+    change = margin * d / sum_f w_f |M_f d|^2,        row_f += w_f * M_f change,
 
-with M_f the coordinates whose rows the name owns and w_f the family's weight: a normalised delta rule (Widrow-Hoff) on
-the final hidden state, exact for two classes, repeated a few times for more. Nothing is differentiated through the
-backbone.
+with M_f the coordinates of family f, if its name has a row, and w_f the family's weight: a normalised delta rule
+(Widrow-Hoff) on the final hidden state, exact for two classes, repeated a few times for more. Where several positions of
+a chunk share a row, it moves by the mean of their changes. Nothing is differentiated through the backbone.
+
+With sign -1 the same rule unlearns: it moves against d until the token is as unlikely as a learned one is likely.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from .engram_karla import Engram, EngramTable
-from .hashing_karla import Names
+from .engram_karla import Engram, Pack
 
 
 class WriteRule(NamedTuple):
@@ -67,27 +69,29 @@ class WriteResult(NamedTuple):
 @torch.no_grad()
 def write_chunk(
     engram: Engram,
-    table: EngramTable,
-    names: Names,
+    pack: Pack,
+    names: torch.Tensor,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
     output_embeddings: torch.Tensor,
     bias: torch.Tensor | None = None,
     rule: WriteRule = DEFAULT_RULE,
+    sign: int = 1,
 ) -> WriteResult:
-    """Write one chunk of positions: every read of the chunk sees the table as it was before the chunk.
+    """Write one chunk of positions: every read of the chunk sees the memory as it was before the chunk.
 
     Equal to `naive_write_chunk` up to rounding. Implements the normalised delta rule of the module's description.
 
     Args:
         engram: the memory; reads see all of its packs.
-        table: the pack that is written (modified in place); one of `engram.packs`.
-        names: of the P positions.
+        pack: the pack that is written (modified in place); one of `engram.packs`.
+        names: [P, F] int64 of the P positions.
         hidden_states: [P, D] final hidden states without the memory, any float dtype. Not modified.
         targets: [P] int64, the token that followed.
         output_embeddings: [V, D] rows of the output layer, scaled so that logits = h W^T + bias.
         bias: [V] of the output layer, or None.
         rule: constants of the write.
+        sign: 1 to learn the targets, -1 to unlearn them.
 
     Returns:
         Surprise before and after, and which positions were written.
@@ -96,58 +100,78 @@ def write_chunk(
     before = after = torch.empty(0)
     written = torch.zeros(len(targets), dtype=torch.bool)
     for _ in range(rule.rounds):
-        states = hidden_states[pending] + engram.read(names.select(pending)).to(hidden_states)
+        states = hidden_states[pending] + engram.read(names[pending]).to(hidden_states)
         logits = torch.nn.functional.linear(states, output_embeddings, bias).float()
         total = logits.logsumexp(-1)
         surprise = (total - logits.gather(-1, targets[pending][:, None])[:, 0]).cpu()
         if len(after) == 0:
             before, after = surprise, surprise.clone()
         after[pending] = surprise
-        low = surprise > -math.log(rule.target)
-        pending = pending[low]
+        todo = surprise > -math.log(rule.target) if sign > 0 else surprise < -math.log(1.0 - rule.target)
+        pending = pending[todo]
         if len(pending) == 0:
             break
-        problem = _Candidates.gather(logits[low], total[low], targets[pending], output_embeddings, rule.candidates)
-        named, log_odds = _correct(engram, table, names.select(pending), problem, rule)
+        problem = _Candidates.gather(logits[todo], total[todo], targets[pending], output_embeddings, rule.candidates)
+        named, log_odds = _correct(engram, pack, names[pending], problem, rule, sign)
         after[pending] = torch.nn.functional.softplus(-log_odds)
         written[pending[named]] = True
     return WriteResult(before, after, written)
 
 
 def _correct(
-    engram: Engram, table: EngramTable, names: Names, problem: _Candidates, rule: WriteRule
+    engram: Engram, pack: Pack, names: torch.Tensor, problem: _Candidates, rule: WriteRule, sign: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correct positions until they reach the target; returns which can be corrected, [P], and log-odds of y, [P]."""
-    table.claim(names)
-    gain = _owned_weights(engram, table, names)  # [P, D]
-    named = gain.sum(-1) > 0
-    start = engram.read(names)
+    """Correct positions until they reach the target; returns which can be corrected, [P], and log-odds of y, [P].
+
+    The corrections add up in `delta`, one row per distinct name, and reach the pack once, at the end.
+    """
+    flat = names.numpy().reshape(-1)
+    distinct, inverse = _distinct(flat)
+    kept = pack.claim(distinct)
+    place = torch.from_numpy(inverse).view_as(names)
+    owned = torch.from_numpy(kept)[place]  # [P, F]
+    share = owned * engram.weights
+    named = owned.any(-1)
+    gain = engram.scatter(share[..., None].expand(-1, -1, engram.layout.width))  # [P, D]
     least = rule.least_separation * problem.embeddings[:, 0].square().sum(-1)
-    aim = _logit(rule.target)
+    aim = sign * _logit(rule.target)
+    delta = torch.zeros(len(distinct), engram.layout.width)
+    moved = torch.zeros(len(names), engram.hidden_size)
+    direction, log_odds = problem.direction(moved)
     for _ in range(rule.repeats):
-        direction, log_odds = problem.direction(engram.read(names) - start)
-        todo = named & (log_odds < aim)
-        if not bool(todo.any()):
+        todo = (named & (sign * (aim - log_odds) > 0)).nonzero()[:, 0]
+        if len(todo) == 0:
             break
-        margin = (aim + rule.overshoot - log_odds[todo]).clamp(max=rule.max_margin)
-        square = direction[todo].square()
+        d = direction[todo]
+        margin = (aim + sign * rule.overshoot - log_odds[todo]).clamp(-rule.max_margin, rule.max_margin)
+        square = d.square()
         strength = (gain[todo] * square).sum(-1)
         strength = torch.maximum(strength, rule.least_coverage * square.sum(-1)).maximum(least[todo])
-        change = direction[todo] * (margin / strength)[:, None]  # [P, D]
-        table.add(names.select(todo), change[:, engram.coordinates] * engram.weights[:, None, None])
-    return named, problem.direction(engram.read(names) - start)[1]
+        change = engram.gather(d * (margin / strength)[:, None]) * share[todo][..., None]  # [Q, F, width]
+        delta += _mean_by_row(change[owned[todo]], place[todo][owned[todo]], len(distinct))
+        moved = engram.scatter(delta[place] * owned[..., None])
+        direction, log_odds = problem.direction(moved)
+    pack.add(distinct[kept], delta[torch.from_numpy(kept)])
+    return named, log_odds
+
+
+def _distinct(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct names in the order of appearance, and which of them each of `names` [N] is."""
+    _, first, inverse = np.unique(names, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    order = np.argsort(first, kind="stable")
+    rank[order] = np.arange(len(first))
+    return names[first[order]], rank[inverse]
+
+
+def _mean_by_row(changes: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, width] mean of the changes [N, width] that go to each row [N]; zero where there are none."""
+    total = torch.zeros(count, changes.shape[-1]).index_add_(0, rows, changes)
+    return total / torch.bincount(rows, minlength=count).clamp(min=1)[:, None]
 
 
 def _logit(probability: float) -> float:
     return math.log(probability / (1.0 - probability))
-
-
-def _owned_weights(engram: Engram, table: EngramTable, names: Names) -> torch.Tensor:
-    """[P, D]: how much of a change at each coordinate reaches the read, summed over families."""
-    owned = table.owned(names).float() * engram.weights[:, None]  # [P, F, H]
-    width = engram.coordinates.shape[-1]
-    spread = owned[..., None].expand(*owned.shape, width).flatten(1)
-    return torch.zeros(len(owned), engram.hidden_size).index_add_(1, engram.coordinates.flatten(), spread)
 
 
 class _Candidates(NamedTuple):
