@@ -38,6 +38,7 @@ class KarlaConfig(PreTrainedConfig):
         engram_chunk_size: positions written together: one step of the memory's clock.
         engram_update_periods: chunks between two changes of each level of the memory; the first is 1, and each is a
             multiple of the one before.
+        engram_cues: whether what is read is also stored under the words around it, to be found by a question.
         engram_seed: seed of hash multipliers and coordinates, used once, when a model is made.
         ctm_num_ticks: S, ticks of thought per position (L2).
         ctm_hidden_size: E, width of queries, keys and values.
@@ -83,6 +84,7 @@ class KarlaConfig(PreTrainedConfig):
     engram_max_rows: int | None = None
     engram_chunk_size: int = 64
     engram_update_periods: list[int] | tuple[int, ...] = (1, 8, 64)
+    engram_cues: bool = True
     engram_seed: int = 0
 
     ctm_num_ticks: int = 10

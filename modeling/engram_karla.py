@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants
+from .cues_karla import HISTORY
+from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants, name_positions
 from .nested_karla import Clock, LevelSpec
 from .table_karla import EngramTable
+from .words_karla import Lexicon
 
 
 logger = logging.get_logger(__name__)
@@ -127,6 +129,10 @@ class Level:
             here = table.find(names) >= 0
             table.add(names[here], change[torch.from_numpy(here)])
 
+    def holds(self, names: np.ndarray) -> np.ndarray:
+        """[N] bool: which of names [N] int64 have a row."""
+        return np.logical_or.reduce([table.find(names) >= 0 for table in self.tables])
+
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """All names [M] int64, ascending, and their rows [M, width] float16; copies."""
         parts = [table.items() for table in self.tables]
@@ -187,6 +193,10 @@ class Pack:
                 values += level.read(names)
         return values
 
+    def holds(self, names: np.ndarray) -> np.ndarray:
+        """[N] bool: which of names [N] int64 have a row in some level."""
+        return np.logical_or.reduce([level.holds(names) for level in self.levels])
+
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give names [N] int64 rows in the fastest level; returns [N] bool, which have one."""
         return self.levels[0].claim(names)
@@ -217,6 +227,7 @@ class Engram:
     Attributes:
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
+        lexicon: what the tokens look like, for cues; None where that is not known, and then there are none.
         coordinates: [F, width] int64, coordinates of the hidden state that each family owns.
     """
 
@@ -225,6 +236,7 @@ class Engram:
         self.weights = torch.tensor([family.weight for family in families])
         self.packs: dict[str, Pack] = {}
         self.enabled = True
+        self.lexicon: Lexicon | None = None
         starts = torch.arange(len(families)) * layout.hidden_size // len(families)
         self.coordinates = (starts[:, None] + torch.arange(layout.width)) % layout.hidden_size
 
@@ -236,24 +248,28 @@ class Engram:
     @property
     def history(self) -> int:
         """Tokens of context that an address needs before the current one."""
-        return max(family.span for family in self.families) - 1
+        span = max(family.span for family in self.families)
+        return (span if self.lexicon is None else max(span, HISTORY)) - 1
 
     @property
     def active(self) -> bool:
         """Whether a read can be other than zero."""
         return self.enabled and bool(self.packs)
 
-    def compress(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Compressed ids [B, T] int64 on the CPU, `NO_TOKEN` at masked positions.
+    def compress(self, history: torch.Tensor) -> torch.Tensor:
+        """Compressed ids [B, T] int64 of token ids [B, T] int64 on the CPU; `NO_TOKEN` stays."""
+        return self.constants.token_map[history.clamp(min=0)].masked_fill(history == NO_TOKEN, NO_TOKEN)
+
+    def name(self, history: torch.Tensor, keep: int) -> torch.Tensor:
+        """Names [B, keep, F] int64 of the last positions.
 
         Args:
-            input_ids: [B, T] int64 token ids.
-            attention_mask: [B, T], 0 at padding; all ones when None.
+            history: [B, N] int64 token ids on the CPU, `NO_TOKEN` where there is none.
+            keep: positions wanted, from the end.
         """
-        compressed = self.constants.token_map[input_ids.cpu()]
-        if attention_mask is None:
-            return compressed
-        return compressed.masked_fill(attention_mask.cpu() == 0, NO_TOKEN)
+        reach = max(family.span for family in self.families) - 1 + keep
+        history = torch.nn.functional.pad(history[:, -reach:], (max(0, reach - history.shape[1]), 0), value=NO_TOKEN)
+        return name_positions(self.compress(history), self.families, self.constants)
 
     def open_pack(self, name: str) -> Pack:
         """The pack of that name, made empty when it does not exist."""

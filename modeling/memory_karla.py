@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from .answers_karla import write_answers
 from .packs_karla import check_pack_name
 from .reading_karla import ReadReport, read_texts
 
@@ -72,17 +73,22 @@ class KarlaMemoryMixin:
         was_training = self.training
         self.eval()
         try:
-            return read_texts(
+            weight, bias = self.model.output_projection()
+            report = read_texts(
                 encoded,
                 self.engram,
                 self.engram.open_pack(pack),
                 self._closed_states,
-                *self.model.output_projection(),
+                weight,
+                bias,
                 window=window,
                 stride=stride,
                 sign=sign,
                 progress=progress,
             )
+            if self.engram.lexicon is not None:
+                write_answers(self.engram, self.engram.packs[pack], [ids.tolist() for ids in encoded], weight, sign)
+            return report
         finally:
             self.train(was_training)
 

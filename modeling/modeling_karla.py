@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from .answers_karla import read_answers
 from .attention_karla import cut_blocks
 from .backbone_karla import load_backbone, load_tokenizer, quantization_config, resolve_backbone, split_backbone
 from .bitlinear_karla import set_packed
@@ -22,8 +23,9 @@ from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
+from .cues_karla import cues_to_read
 from .engram_karla import new_engram
-from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions
+from .hashing_karla import NO_TOKEN, compress_vocabulary
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
     KarlaCausalLMOutput,
@@ -32,6 +34,7 @@ from .pretrained_karla import (
     finish_logits,
     logit_scale,
 )
+from .words_karla import Lexicon
 
 
 class KarlaModel(KarlaPreTrainedModel):
@@ -175,8 +178,9 @@ class KarlaModel(KarlaPreTrainedModel):
         else:  # padding takes no position, so that registers see a padded text as the text alone
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         keys_values = self.ctm.memory(sources, positions)
-        mask = None if attention_mask is None else attention_mask[:, -length:]
-        history = self.memory.compress(input_ids, mask)
+        history = input_ids.cpu()
+        if attention_mask is not None:
+            history = history.masked_fill(attention_mask[:, -length:].cpu() == 0, NO_TOKEN)
         if cache is not None:
             keys_values, history = self.cache_layer(cache, past).update(keys_values, history)
         valid = (history != NO_TOKEN).to(keys_values.device)
@@ -187,9 +191,12 @@ class KarlaModel(KarlaPreTrainedModel):
         """What the memory adds to the last `keep` positions, [B, keep, D]; one zero where it holds nothing."""
         if not self.memory.active:
             return torch.zeros(())
-        history = history[:, -(self.memory.history + keep) :]
-        history = nn.functional.pad(history, (self.memory.history + keep - history.shape[1], 0), value=NO_TOKEN)
-        return self.memory.read(name_positions(history, self.memory.families, self.memory.constants))
+        names = self.memory.name(history, keep)
+        memory = self.memory.read(names)
+        if self.memory.lexicon is None:
+            return memory
+        cues = cues_to_read(history[:, -(self.memory.history + keep) :], self.memory.lexicon, keep)
+        return read_answers(self.memory, cues, names, memory)
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""
@@ -310,7 +317,10 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         """Make a new, empty memory whose token map comes from `tokenizer`."""
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         token_map = compress_vocabulary(tokenizer, self.config.text_config.vocab_size)
-        self.set_engram(new_engram(self.config, token_map, pad), tokenizer_hash(tokenizer))
+        engram = new_engram(self.config, token_map, pad)
+        if self.config.engram_cues:
+            engram.lexicon = Lexicon.from_tokenizer(tokenizer, self.config.text_config.vocab_size)
+        self.set_engram(engram, tokenizer_hash(tokenizer))
 
     def get_output_embeddings(self):
         """The backbone's frozen output layer."""

@@ -14,7 +14,6 @@ import torch
 from transformers.utils import logging
 
 from .engram_karla import Engram, Pack
-from .hashing_karla import NO_TOKEN, name_positions
 from .writing_karla import write_chunk
 
 
@@ -119,8 +118,7 @@ def _batches(texts: list[torch.Tensor], windows: list[Window], engram: Engram, p
 
 
 def _name_text(ids: torch.Tensor, engram: Engram) -> torch.Tensor:
-    history = torch.nn.functional.pad(engram.compress(ids[None]), (engram.history, 0), value=NO_TOKEN)
-    return name_positions(history, engram.families, engram.constants)[0]
+    return engram.name(ids[None], len(ids))[0]
 
 
 def _chunks(
