@@ -218,8 +218,8 @@ def _question(ids: np.ndarray, lexicon: Lexicon) -> list[Word]:
         line = lexicon.text(ids[: -len(reply)]).rstrip("\0\n ").rpartition("\0")[2]
     else:
         line = lexicon.text(ids).rstrip("\n ").rpartition("\0")[2].rpartition("\n")[2]
-    if "/" in line[line.rfind(" ") + 1 :]:  # an address
-        return []
+        if "/" in line[line.rfind(" ") + 1 :]:  # an address
+            return []
     sentences = list(find_sentences(line))
     last = find_words(line[sentences[-1][0] :], lexicon.known) if sentences else []
     return last if any(word.rank for word in last) else find_words(line, lexicon.known)

@@ -195,7 +195,9 @@ class KarlaModel(KarlaPreTrainedModel):
         memory = self.memory.read(names)
         if self.memory.lexicon is None:
             return memory
-        cues = cues_to_read(history[:, -(self.memory.history + keep) :], self.memory.lexicon, keep)
+        history = history[:, -(reach := self.memory.history + keep) :]
+        history = nn.functional.pad(history, (reach - history.shape[1], 0), value=NO_TOKEN)
+        cues = cues_to_read(history, self.memory.lexicon, keep)
         return read_answers(self.memory, cues, names, memory)
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
