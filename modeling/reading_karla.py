@@ -119,7 +119,7 @@ def _batches(texts: list[torch.Tensor], windows: list[Window], engram: Engram, p
 
 
 def _name_text(ids: torch.Tensor, engram: Engram) -> torch.Tensor:
-    history = torch.nn.functional.pad(engram.compress(ids[None]), (engram.history, 0), value=NO_TOKEN)
+    history = torch.nn.functional.pad(engram.history_ids(ids[None]), (engram.history, 0), value=NO_TOKEN)
     return name_positions(history, engram.families, engram.constants)[0]
 
 
