@@ -270,7 +270,7 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
     ids = history.numpy()
     missing = ids == NO_TOKEN
     tokens = np.where(missing, constants.pad_id, constants.token_map.numpy()[ids])
-    age = _sentence_age(ids, constants.boundaries.numpy())[:, reach - 1 :]
+    age = sentence_age(ids, constants.boundaries.numpy())[:, reach - 1 :]
     lags = np.arange(reach)
     backwards = np.lib.stride_tricks.sliding_window_view(tokens, reach, axis=1)[:, :, ::-1]
     in_sentence = np.where(lags <= age[:, :, None], backwards, constants.pad_id)
@@ -286,8 +286,16 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
     return torch.from_numpy(names)
 
 
-def _sentence_age(ids: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
-    """[B, N] tokens of the sentence before each token of [B, N]; as many as there are tokens where none begins it."""
+def sentence_age(ids: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """Tokens of the sentence before each token.
+
+    Args:
+        ids: [B, N] int64 token ids, `NO_TOKEN` where there is none.
+        boundaries: [V] uint8, see `sentence_boundaries`.
+
+    Returns:
+        [B, N] int64, 0 for the first token of a sentence; N where the sentence began before the first token.
+    """
     flags = np.where(ids == NO_TOKEN, BREAKS, boundaries[ids])
     begins = np.zeros(ids.shape, np.bool_)
     before, here = flags[:, :-1], flags[:, 1:]

@@ -78,6 +78,7 @@ def write_chunk(
     bias: torch.Tensor | None = None,
     rule: WriteRule = DEFAULT_RULE,
     sign: int = 1,
+    mean_embedding: torch.Tensor | None = None,
 ) -> WriteResult:
     """Write one chunk of positions: every read of the chunk sees the memory as it was before the chunk.
 
@@ -93,10 +94,13 @@ def write_chunk(
         bias: [V] of the output layer, or None.
         rule: constants of the write.
         sign: 1 to learn the targets, -1 to unlearn them.
+        mean_embedding: [D] mean of `output_embeddings`, where it is known already.
 
     Returns:
         Surprise before and after, and which positions were written.
     """
+    if mean_embedding is None:
+        mean_embedding = output_embeddings.mean(0)
     pending = torch.arange(len(targets))
     before = after = torch.empty(0)
     written = torch.zeros(len(targets), dtype=torch.bool)
@@ -112,7 +116,9 @@ def write_chunk(
         pending = pending[todo]
         if len(pending) == 0:
             break
-        problem = _Candidates.gather(logits[todo], total[todo], targets[pending], output_embeddings, rule.candidates)
+        problem = _Candidates.gather(
+            logits[todo], total[todo], targets[pending], output_embeddings, mean_embedding, rule.candidates
+        )
         named, log_odds = _correct(engram, pack, names[pending], problem, rule, sign)
         after[pending] = torch.nn.functional.softplus(-log_odds)
         written[pending[named]] = True
@@ -232,7 +238,13 @@ class _Candidates(NamedTuple):
 
     @classmethod
     def gather(
-        cls, logits: torch.Tensor, total: torch.Tensor, targets: torch.Tensor, embeddings: torch.Tensor, count: int
+        cls,
+        logits: torch.Tensor,
+        total: torch.Tensor,
+        targets: torch.Tensor,
+        embeddings: torch.Tensor,
+        mean_embedding: torch.Tensor,
+        count: int,
     ) -> _Candidates:
         top = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
         index = torch.cat([targets[:, None], top], dim=-1)
@@ -246,7 +258,7 @@ class _Candidates(NamedTuple):
             embeddings[index].float().cpu(),
             duplicate.cpu(),
             rest.cpu(),
-            embeddings.mean(0).float().cpu(),
+            mean_embedding.float().cpu(),
         )
 
     def select(self, index: torch.Tensor) -> _Candidates:
