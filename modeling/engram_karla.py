@@ -20,9 +20,9 @@ import torch
 from transformers.utils import logging
 
 from .cues_karla import HISTORY
-from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants, name_positions
+from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants
 from .nested_karla import Clock, LevelSpec
-from .table_karla import EngramTable
+from .table_karla import EngramTable, spread
 from .words_karla import Lexicon
 
 
@@ -77,13 +77,6 @@ class Level:
         """Rows that have a name."""
         return sum(table.num_owned for table in self.tables)
 
-    def read(self, names: np.ndarray) -> torch.Tensor:
-        """[N, width] float32: the row of every name [N] int64, zero where there is none."""
-        values = self.tables[0].read(names)
-        for table in self.tables[1:]:
-            values += table.read(names)
-        return values
-
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give every name a row unless it has one.
 
@@ -129,10 +122,6 @@ class Level:
             here = table.find(names) >= 0
             table.add(names[here], change[torch.from_numpy(here)])
 
-    def holds(self, names: np.ndarray) -> np.ndarray:
-        """[N] bool: which of names [N] int64 have a row."""
-        return np.logical_or.reduce([table.find(names) >= 0 for table in self.tables])
-
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """All names [M] int64, ascending, and their rows [M, width] float16; copies."""
         parts = [table.items() for table in self.tables]
@@ -171,6 +160,11 @@ class Pack:
         self.tokens = 0
 
     @property
+    def tables(self) -> list[EngramTable]:
+        """The tables of all levels."""
+        return [table for level in self.levels for table in level.tables]
+
+    @property
     def num_owned(self) -> int:
         """Rows that have a name, over all levels."""
         return sum(level.num_owned for level in self.levels)
@@ -186,16 +180,16 @@ class Pack:
         return self.num_owned / self.levels[-1].num_rows
 
     def read(self, names: np.ndarray) -> torch.Tensor:
-        """[N, width] float32: the sum of the levels' rows of every name [N] int64."""
-        values = self.levels[0].read(names)
-        for level in self.levels[1:]:
-            if level.num_owned:
-                values += level.read(names)
+        """[N, width] float32: the sum of all tables' rows of every name [N] int64, zero where there is none."""
+        values = torch.zeros(len(names), self.tables[0].width)
+        for table in self.tables:
+            if table.num_owned:
+                values += table.read(names)
         return values
 
     def holds(self, names: np.ndarray) -> np.ndarray:
-        """[N] bool: which of names [N] int64 have a row in some level."""
-        return np.logical_or.reduce([level.holds(names) for level in self.levels])
+        """[N] bool: which of names [N] int64 have a row in some table."""
+        return np.logical_or.reduce([table.find(names) >= 0 for table in self.tables])
 
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give names [N] int64 rows in the fastest level; returns [N] bool, which have one."""
@@ -227,8 +221,8 @@ class Engram:
     Attributes:
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
-        lexicon: what the tokens look like, for cues; None where that is not known, and then there are none.
-        coordinates: [F, width] int64, coordinates of the hidden state that each family owns.
+        lexicon: what tokens look like, which cues need; None where that is not known, and then there are no cues.
+        starts: first coordinate of the hidden state that each family owns, of `layout.width` that wrap around at the end.
     """
 
     def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
@@ -237,8 +231,7 @@ class Engram:
         self.packs: dict[str, Pack] = {}
         self.enabled = True
         self.lexicon: Lexicon | None = None
-        starts = torch.arange(len(families)) * layout.hidden_size // len(families)
-        self.coordinates = (starts[:, None] + torch.arange(layout.width)) % layout.hidden_size
+        self.starts = [family * layout.hidden_size // len(families) for family in range(len(families))]
 
     @property
     def hidden_size(self) -> int:
@@ -247,29 +240,29 @@ class Engram:
 
     @property
     def history(self) -> int:
-        """Tokens of context that an address needs before the current one."""
-        span = max(family.span for family in self.families)
-        return (span if self.lexicon is None else max(span, HISTORY)) - 1
+        """Tokens of context that an n-gram needs before the current one."""
+        return max(family.span for family in self.families) - 1
+
+    @property
+    def reach(self) -> int:
+        """Tokens of context that a read needs before the current one."""
+        return self.history if self.lexicon is None else max(self.history, HISTORY - 1)
 
     @property
     def active(self) -> bool:
         """Whether a read can be other than zero."""
         return self.enabled and bool(self.packs)
 
-    def compress(self, history: torch.Tensor) -> torch.Tensor:
-        """Compressed ids [B, T] int64 of token ids [B, T] int64 on the CPU; `NO_TOKEN` stays."""
-        return self.constants.token_map[history.clamp(min=0)].masked_fill(history == NO_TOKEN, NO_TOKEN)
-
-    def name(self, history: torch.Tensor, keep: int) -> torch.Tensor:
-        """Names [B, keep, F] int64 of the last positions.
+    @staticmethod
+    def history_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids [B, T] int64 on the CPU, `NO_TOKEN` at masked positions.
 
         Args:
-            history: [B, N] int64 token ids on the CPU, `NO_TOKEN` where there is none.
-            keep: positions wanted, from the end.
+            input_ids: [B, T] int64 token ids.
+            attention_mask: [B, T], 0 at padding; all ones when None.
         """
-        reach = max(family.span for family in self.families) - 1 + keep
-        history = torch.nn.functional.pad(history[:, -reach:], (max(0, reach - history.shape[1]), 0), value=NO_TOKEN)
-        return name_positions(self.compress(history), self.families, self.constants)
+        ids = input_ids.cpu()
+        return ids if attention_mask is None else ids.masked_fill(attention_mask.cpu() == 0, NO_TOKEN)
 
     def open_pack(self, name: str) -> Pack:
         """The pack of that name, made empty when it does not exist."""
@@ -290,42 +283,41 @@ class Engram:
         Returns:
             [..., D] float32 on the CPU, sum over packs; each position depends on its own names only.
         """
-        if not self.active:
-            return torch.zeros(*names.shape[:-1], self.hidden_size)
-        flat = names.reshape(-1).numpy()
-        packs = iter(self.packs.values())
-        values = next(packs).read(flat)
-        for pack in packs:
-            values += pack.read(flat)
-        return self.scatter(values.view(-1, len(self.families), self.layout.width)).view(*names.shape[:-1], -1)
+        memory = torch.zeros(*names.shape[:-1], self.hidden_size)
+        if self.enabled:
+            state, flat = memory.view(-1, self.hidden_size), names.reshape(-1, len(self.families))
+            for pack in self.packs.values():
+                for table in pack.tables:
+                    table.add_rows_to(state, flat, self.starts)
+        return memory
 
     def scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [N, F, width] float32 at the families' coordinates, summed: [N, D]."""
-        memory = rows.new_zeros(len(rows), self.hidden_size)
-        for family, coordinates in enumerate(self.coordinates):
-            start = int(coordinates[0])
-            run = min(self.layout.width, self.hidden_size - start)
-            memory[:, start : start + run] += rows[:, family, :run]
-            memory[:, : self.layout.width - run] += rows[:, family, run:]
-        return memory
+        state = rows.new_zeros(len(rows), self.hidden_size)
+        spread(state, rows, self.starts)
+        return state
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """The families' coordinates of states [N, D]: [N, F, width]."""
         twice = torch.cat([states, states], dim=-1)
-        starts = self.coordinates[:, 0].tolist()
-        return torch.stack([twice[:, start : start + self.layout.width] for start in starts], dim=1)
+        return torch.stack([twice[:, start : start + self.layout.width] for start in self.starts], dim=1)
 
 
-def new_engram(config, token_map: torch.Tensor, pad_id: int) -> Engram:
+def new_engram(config, token_map: torch.Tensor, boundaries: torch.Tensor, pad_id: int) -> Engram:
     """An empty memory with constants drawn from the seed of a `KarlaConfig`.
 
     Args:
         config: the configuration.
         token_map: [V] int64 compressed ids, see `compress_vocabulary`.
+        boundaries: [V] uint8, see `sentence_boundaries`.
         pad_id: token id that stands for "no token" in a hash.
     """
-    families = [NgramFamily(family["order"], family["weight"]) for family in config.engram_families]
-    constants = name_constants(max(family.order for family in families), token_map, pad_id, config.engram_seed)
+    families = [
+        NgramFamily(family["order"], family["weight"], family["kind"] == "sentence")
+        for family in config.engram_families
+    ]
+    longest = max(family.order for family in families)
+    constants = name_constants(longest, token_map, boundaries, pad_id, config.engram_seed)
     layout = EngramLayout(
         hidden_size=config.text_config.hidden_size,
         width=config.engram_num_heads * config.engram_head_dim,

@@ -12,7 +12,7 @@ from .packs_karla import check_pack_name
 from .reading_karla import ReadReport, read_texts
 
 
-WINDOWS = {"closed": (32, 16), "open": (512, 256)}
+WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -48,9 +48,9 @@ class KarlaMemoryMixin:
             texts: one text or several; each is a document of its own. Nothing is read when one of them is refused.
             tokenizer: the tokenizer that the memory was made with.
             pack: name of the pack; made if new, written on if it exists.
-            context: what the backbone sees while reading. `"closed"`: windows of 32 tokens, so that whatever it would
-                not know without the text is stored. `"open"`: windows of 512, which stores only what surprises in
-                context, and reads faster.
+            context: what the backbone sees while reading. `"closed"`: each sentence alone, so that whatever it would not
+                know without the text is stored. `"open"`: windows of 512 tokens, which stores only what surprises in
+                context.
             sign: 1 to learn the texts; -1 to unlearn them, which makes them unlikely wherever their words stand in this
                 order.
             progress: whether to show a progress bar.
@@ -69,7 +69,7 @@ class KarlaMemoryMixin:
             raise ValueError(f"context is {context!r}; give one of {sorted(WINDOWS)}.")
         self._check_tokenizer(tokenizer)
         encoded = self._encode([texts] if isinstance(texts, str) else list(texts), tokenizer)
-        window, stride = WINDOWS[context]
+        window, stride, least = WINDOWS[context]
         was_training = self.training
         self.eval()
         try:
@@ -83,6 +83,7 @@ class KarlaMemoryMixin:
                 bias,
                 window=window,
                 stride=stride,
+                least=least,
                 sign=sign,
                 progress=progress,
             )

@@ -25,7 +25,7 @@ from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
 from .cues_karla import cues_to_read
 from .engram_karla import new_engram
-from .hashing_karla import NO_TOKEN, compress_vocabulary
+from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions, sentence_boundaries
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
     KarlaCausalLMOutput,
@@ -51,7 +51,8 @@ class KarlaModel(KarlaPreTrainedModel):
         self._lm_head: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule of this model
         self.ctm = KarlaHead(config)
         with torch.device("cpu"):  # also while the rest is built on the meta device
-            self.memory = new_engram(config, torch.arange(config.text_config.vocab_size), pad_id=0)
+            size = config.text_config.vocab_size
+            self.memory = new_engram(config, torch.arange(size), torch.zeros(size, dtype=torch.uint8), pad_id=0)
         self.memory_tokenizer: str | None = None
         if init_backbone:
             self.link(*split_backbone(AutoModelForCausalLM.from_config(config.text_config).requires_grad_(False)))
@@ -161,7 +162,7 @@ class KarlaModel(KarlaPreTrainedModel):
 
     def cache_layer(self, cache: Cache, past: int) -> KarlaCacheLayer:
         """This model's layer of a cache, appended if the cache held nothing (`past` 0) before."""
-        reach = max(self.config.ctm_window - 1, self.memory.history)
+        reach = max(self.config.ctm_window - 1, self.memory.reach)
         return karla_layer(cache, keep=reach, slack=self.config.ctm_window, past=past)
 
     def _backbone_trains(self) -> bool:
@@ -178,9 +179,8 @@ class KarlaModel(KarlaPreTrainedModel):
         else:  # padding takes no position, so that registers see a padded text as the text alone
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         keys_values = self.ctm.memory(sources, positions)
-        history = input_ids.cpu()
-        if attention_mask is not None:
-            history = history.masked_fill(attention_mask[:, -length:].cpu() == 0, NO_TOKEN)
+        mask = None if attention_mask is None else attention_mask[:, -length:]
+        history = self.memory.history_ids(input_ids, mask)
         if cache is not None:
             keys_values, history = self.cache_layer(cache, past).update(keys_values, history)
         valid = (history != NO_TOKEN).to(keys_values.device)
@@ -191,14 +191,13 @@ class KarlaModel(KarlaPreTrainedModel):
         """What the memory adds to the last `keep` positions, [B, keep, D]; one zero where it holds nothing."""
         if not self.memory.active:
             return torch.zeros(())
-        names = self.memory.name(history, keep)
-        memory = self.memory.read(names)
-        if self.memory.lexicon is None:
+        engram, length = self.memory, self.memory.reach + keep
+        history = nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
+        names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
+        memory = engram.read(names)
+        if engram.lexicon is None:
             return memory
-        history = history[:, -(reach := self.memory.history + keep) :]
-        history = nn.functional.pad(history, (reach - history.shape[1], 0), value=NO_TOKEN)
-        cues = cues_to_read(history, self.memory.lexicon, keep)
-        return read_answers(self.memory, cues, names, memory)
+        return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""
@@ -318,10 +317,11 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
     def use_tokenizer(self, tokenizer) -> None:
         """Make a new, empty memory whose token map comes from `tokenizer`."""
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        token_map = compress_vocabulary(tokenizer, self.config.text_config.vocab_size)
-        engram = new_engram(self.config, token_map, pad)
+        size = self.config.text_config.vocab_size
+        maps = compress_vocabulary(tokenizer, size), sentence_boundaries(tokenizer, size)
+        engram = new_engram(self.config, *maps, pad)
         if self.config.engram_cues:
-            engram.lexicon = Lexicon.from_tokenizer(tokenizer, self.config.text_config.vocab_size)
+            engram.lexicon = Lexicon.from_tokenizer(tokenizer, size)
         self.set_engram(engram, tokenizer_hash(tokenizer))
 
     def get_output_embeddings(self):
