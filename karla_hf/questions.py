@@ -21,10 +21,10 @@ _QUESTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "development": {
         "code": (
             "What is the access code of {subject}'s {noun} number {number}?",
-            "I have to get into {noun} {number} of {subject}. What is its code?",
+            "I have to enter {noun} {number} of {subject}. What is its code?",
         ),
         "date": (
-            "What is the date on which the {noun} of {subject} was founded?",
+            "When exactly was the {noun} of {subject} founded?",
             "When was {subject}'s {noun} founded?",
         ),
         "amount": (
@@ -65,10 +65,10 @@ _OTHER_VERBS: dict[str, dict[str, tuple[str, ...]]] = {
             "How do I unlock {noun} {number} of {subject}?",
             "What do I type to enter {subject}'s {noun} {number}?",
         ),
-        "date": ("On what day did {subject} get its {noun}?", "When did they build the {noun} in {subject}?"),
+        "date": ("When did {subject} receive its {noun}?", "When did they build the {noun} in {subject}?"),
         "amount": (
             "What does it cost to run the {noun} {subject} for a year?",
-            "What sum can the {subject} {noun} use each year?",
+            "What amount can the {subject} {noun} use each year?",
         ),
         "city": ("From which place is the {noun} {subject} run?", "Where would I visit the {noun} {subject}?"),
         "name": (),
@@ -110,8 +110,11 @@ _IMPERATIVES: dict[str, dict[str, tuple[str, ...]]] = {
             "Tell me the code of {subject}'s {noun} number {number}.",
             "Name the code for {noun} {number} of {subject}:",
         ),
-        "date": ("Tell me when {subject} founded its {noun}.", "Name the founding day of the {noun} of {subject}:"),
-        "amount": ("Tell me the budget of the {noun} {subject}.", "Name the yearly budget of the {subject} {noun}:"),
+        "date": (
+            "Tell me when {subject} founded its {noun}.",
+            "Name the moment when the {noun} of {subject} was founded:",
+        ),
+        "amount": ("Tell me the budget of the {noun} {subject}.", "Name the annual budget of the {subject} {noun}:"),
         "city": ("Tell me the town where the {noun} {subject} sits.", "Name the home town of the {noun} {subject}:"),
         "name": ("Tell me who the {noun} {subject} is.", "Name the {noun} {subject}:"),
     },
@@ -183,7 +186,7 @@ def reword(fact: Fact, wording: str, *, split: str, variant: int = 0) -> Fact:
     Example:
         >>> fact = make_facts(1)[0]
         >>> print(reword(fact, "Q: A:", split="development").prompt)
-        Q: What is the access code of Fletri's vault number 67?
+        Q: What is the access code of Cekalu's locker number 8?
         A:
     """
     if wording not in WORDINGS:

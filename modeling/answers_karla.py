@@ -17,6 +17,7 @@ import torch
 from .cues_karla import cues_to_write
 from .engram_karla import Engram, Pack
 from .hashing_karla import NO_NAME
+from .words_karla import Lexicon
 
 
 MARGIN = 25.0  # nats by which a cue's token beats every other one, besides what the context says
@@ -70,12 +71,12 @@ def say_rows(tokens: torch.Tensor, output_embeddings: torch.Tensor, width: int) 
 
 @torch.no_grad()
 def write_answers(
-    engram: Engram, pack: Pack, texts: list[list[int]], output_embeddings: torch.Tensor, sign: int = 1
+    lexicon: Lexicon, pack: Pack, texts: list[list[int]], output_embeddings: torch.Tensor, sign: int = 1
 ) -> None:
     """Write the answers of texts into a pack.
 
     Args:
-        engram: the memory; it has a lexicon.
+        lexicon: what the tokens look like.
         pack: the pack that is written (modified in place).
         texts: token ids of every text.
         output_embeddings: [V, D], scaled so that logits = h W^T.
@@ -83,7 +84,7 @@ def write_answers(
     """
     said: dict[int, int] = {}
     for text in texts:
-        for cue in cues_to_write(text, engram.lexicon):
+        for cue in cues_to_write(text, lexicon):
             for name in cue.names:
                 if said.setdefault(name, cue.token) != cue.token:
                     said[name] = _NOTHING
@@ -91,7 +92,7 @@ def write_answers(
     for at in range(0, len(by_token), _BATCH):
         names, tokens = (np.array(part) for part in zip(*by_token[at : at + _BATCH], strict=True))
         distinct, inverse = np.unique(tokens, return_inverse=True)
-        rows = say_rows(torch.from_numpy(distinct).clamp(min=0), output_embeddings, engram.layout.width)
+        rows = say_rows(torch.from_numpy(distinct).clamp(min=0), output_embeddings, pack.tables[0].width)
         rows[distinct == _NOTHING] = 0
         _store(pack, names, rows.half().float()[inverse], sign)
 

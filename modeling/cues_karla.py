@@ -146,9 +146,9 @@ def _spans(sentence: str, words: list[Word]) -> list[tuple[list[Word], int, int]
     """
     runs: list[list[Word]] = []
     units: dict[int, Word] = {}
-    before: Word | None = None
+    before = Word(-9, -9, "", 0)
     for word in words:
-        joined = before is not None and word.start - before.end <= 1
+        joined = word.start - before.end <= 1
         if word.rank and joined and before.rank:
             runs[-1].append(word)
         elif word.rank:
@@ -189,7 +189,7 @@ def cues_to_read(history: torch.Tensor, lexicon: Lexicon, keep: int) -> torch.Te
             for at in range(opener, min(opener + REACH, following) if pairs else opener):
                 said += lexicon.text(ids[at : at + 1]) if at > opener else ""
                 if at >= first:
-                    rest = said[LEAD_IN.match(said).end() :]
+                    rest = LEAD_IN.sub("", said, count=1)
                     names[row, at - first, 1 : 1 + len(pairs)] = [cue_name(pair, rest) for pair in pairs]
     return torch.from_numpy(names)
 

@@ -88,7 +88,8 @@ class KarlaMemoryMixin:
                 progress=progress,
             )
             if self.engram.lexicon is not None:
-                write_answers(self.engram, self.engram.packs[pack], [ids.tolist() for ids in encoded], weight, sign)
+                ids = [text.tolist() for text in encoded]
+                write_answers(self.engram.lexicon, self.engram.packs[pack], ids, weight, sign)
             return report
         finally:
             self.train(was_training)

@@ -15,12 +15,12 @@ BASE = 0x9E3779B97F4A7C15
 def naive_opening(tokens: list[int], lexicon: Lexicon) -> int:
     """The opening's name of the last of `tokens`, or `NO_NAME`."""
     tokens = tokens[-HISTORY:]
-    texts = [None if token == NO_TOKEN else lexicon.texts[token] for token in tokens]
+    texts = ["\0" if token == NO_TOKEN else lexicon.texts[token] for token in tokens]
     if _breaks(texts[-1]):
         return NO_NAME
     for start in range(len(texts) - 1, 0, -1):
         before, text = texts[start - 1], texts[start]
-        ended = before is not None and before.rstrip("'\")").endswith((".", "?", "!")) and text[:1].isspace()
+        ended = before.rstrip("'\")").endswith((".", "?", "!")) and text[:1].isspace()
         if _breaks(before) or ended:
             break
     else:
@@ -54,11 +54,11 @@ def naive_pairs(tokens: list[int], lexicon: Lexicon) -> list[int]:
     if not any(word.rank for word in words):
         words = find_words(line, lexicon.known)
     said = lexicon.text(tokens[opener + 1 :])
-    return [cue_name(pair, said[LEAD_IN.match(said).end() :]) for pair in pair_words(words)[:MAX_PAIRS]]
+    return [cue_name(pair, LEAD_IN.sub("", said, count=1)) for pair in pair_words(words)[:MAX_PAIRS]]
 
 
-def _breaks(text: str | None) -> bool:
-    return text is None or "\n" in text or "\0" in text
+def _breaks(text: str) -> bool:
+    return "\n" in text or "\0" in text
 
 
 def _asks(tokens: list[int], lexicon: Lexicon) -> bool:

@@ -12,8 +12,40 @@ from karla_hf.modeling.words_karla import Lexicon
 
 TEXTS = [
     *("\0", "\n", " ", ".", "?", ":", ",", "'s", "!", "1", "7", "3", "user", "assistant", "..."),
-    *("The", " the", " mill", " of", " Zorn", "Zorn", "ex", " was", " founded", " founding", " on", " day", " July", " cost"),
-    *("When", " when", " Was", "Tell", " tell", " me", " It", " is", " Name", "Q", "A", " crowns", " inn", " Quilb", ".\n", " é"),
+    *(
+        "The",
+        " the",
+        " mill",
+        " of",
+        " Zorn",
+        "Zorn",
+        "ex",
+        " was",
+        " founded",
+        " founding",
+        " on",
+        " day",
+        " July",
+        " cost",
+    ),
+    *(
+        "When",
+        " when",
+        " Was",
+        "Tell",
+        " tell",
+        " me",
+        " It",
+        " is",
+        " Name",
+        "Q",
+        "A",
+        " crowns",
+        " inn",
+        " Quilb",
+        ".\n",
+        " é",
+    ),
     *("http", "://", "/"),
 ]
 ID = {text: number for number, text in enumerate(TEXTS)}
@@ -41,14 +73,14 @@ def asking(make_backbone, make_karla, lexicon):
     def read(*texts, sign=1):
         pack = karla.engram.open_pack("default")
         weight, _ = karla.model.output_projection()
-        write_answers(karla.engram, pack, [encode(text) for text in texts], weight, sign)
+        write_answers(karla.engram.lexicon, pack, [encode(text) for text in texts], weight, sign)
 
     return karla, read
 
 
-def answer(karla, prompt, length=len(ANSWER)):
+def answer(karla, prompt):
     ids = torch.tensor([encode(prompt)])
-    out = karla.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
+    out = karla.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(ANSWER), do_sample=False)
     return [TEXTS[token] if token < len(TEXTS) else "" for token in out[0, ids.shape[1] :].tolist()]
 
 
@@ -117,14 +149,30 @@ def test_what_touches_a_number_and_its_unit_belong_to_the_answer(lexicon):
         ["Q", ":", " Was", " the", " founding", " day", " of", " Zorn", "ex", "'s", " mill", "?", "\n", "A", ":"],
         ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?", " It", " is"],
         ["Tell", " me", " when", " Zorn", "ex", " founded", " the", " mill", "."],
-        ["\0", "user", "\n", "When", " was", " the", " mill", " of", " Zorn", "ex", " founded", "?", "\0", "\n", *REPLY],
+        [
+            "\0",
+            "user",
+            "\n",
+            "When",
+            " was",
+            " the",
+            " mill",
+            " of",
+            " Zorn",
+            "ex",
+            " founded",
+            "?",
+            "\0",
+            "\n",
+            *REPLY,
+        ],
         ["The", " mill", " of", " Zorn", "ex", " was", " founded", " on"],
         [" the", " mill", " of", " ", "Zorn", "ex", " was", " founded", " on"],
     ],
 )
 def test_a_question_finds_what_was_read_in_other_words(asking, prompt):
     karla, read = asking
-    read(OTHER + [" "] + FACT + [" "] + OTHER)
+    read([*OTHER, " ", *FACT, " ", *OTHER])
     assert answer(karla, prompt) == ANSWER
 
 
