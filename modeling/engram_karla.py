@@ -84,9 +84,7 @@ class Level:
         Returns:
             [N] bool; False for `NO_NAME`, and where `max_rows` leaves no place.
         """
-        kept = np.zeros(len(names), np.bool_)
-        for table in self.tables[:-1]:
-            kept |= table.find(names) >= 0
+        kept = self.has(names)
         kept[~kept] = self.tables[-1].claim(names[~kept])
         homeless = ~kept & (names != NO_NAME)
         while homeless.any() and self._open_table():
@@ -100,6 +98,13 @@ class Level:
                 )
             self.lost += len(np.unique(names[homeless]))
         return kept
+
+    def has(self, names: np.ndarray) -> np.ndarray:
+        """[N] bool: which of the names [N] int64 have a row."""
+        found = np.zeros(len(names), np.bool_)
+        for table in self.tables:
+            found |= table.find(names) >= 0
+        return found
 
     def _open_table(self) -> bool:
         rows = GROWTH * len(self.tables[-1])
@@ -164,8 +169,14 @@ class Pack:
 
     @property
     def num_owned(self) -> int:
-        """Rows that have a name, over all levels."""
-        return sum(level.num_owned for level in self.levels)
+        """Names that have a row; one that several levels know counts once."""
+        total = self.levels[-1].num_owned
+        for k, level in enumerate(self.levels[:-1]):
+            names, _ = level.items()
+            for slower in self.levels[k + 1 :]:
+                names = names[~slower.has(names)]
+            total += len(names)
+        return total
 
     @property
     def num_lost(self) -> int:
@@ -174,7 +185,7 @@ class Pack:
 
     @property
     def load(self) -> float:
-        """Owned rows of all levels over the rows of the slowest."""
+        """Names that have a row over the rows of the slowest level."""
         return self.num_owned / self.levels[-1].num_rows
 
     def claim(self, names: np.ndarray) -> np.ndarray:
