@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from karla_hf import KarlaConfig, KarlaForCausalLM
 from karla_hf.modeling.engram_karla import Engram, new_engram
-from karla_hf.modeling.hashing_karla import NO_TOKEN, Names, name_positions
+from karla_hf.modeling.hashing_karla import NO_TOKEN, name_positions
 
 
 VOCAB_SIZE = 300
@@ -106,28 +106,29 @@ def random_ids():
 
 @pytest.fixture(scope="session")
 def make_engram():
-    """Function that builds an empty memory for hidden states of 24 coordinates and 50 tokens."""
+    """Function that builds an empty memory for hidden states of 24 coordinates and 50 tokens, of `words` words."""
 
-    def make(rows=2003, heads=3, head_dim=8, orders=(2, 3), weights=(0.4, 0.6)) -> Engram:
+    def make(rows=1000, heads=3, head_dim=8, orders=(2, 3), weights=(0.4, 0.6), words=50, **options) -> Engram:
         config = KarlaConfig(
             text_config=LlamaConfig(hidden_size=24, num_attention_heads=1, vocab_size=50),
             engram_families=[{"kind": "ngram", "order": n, "weight": w} for n, w in zip(orders, weights, strict=True)],
             engram_num_heads=heads,
             engram_head_dim=head_dim,
             engram_rows_per_head=rows,
+            **{f"engram_{name}": value for name, value in options.items()},
         )
-        return new_engram(config, torch.arange(50), pad_id=0)
+        return new_engram(config, torch.arange(50) % words, pad_id=0)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def name_text():
-    """Function that names every position of one text of compressed ids."""
+    """Function that names every position of one text of token ids: [T, F]."""
 
-    def name(engram, ids) -> Names:
-        history = nn.functional.pad(torch.as_tensor(ids)[None], (engram.history, 0), value=NO_TOKEN)
-        return name_positions(history, engram.families, engram.constants).select(0)
+    def name(engram, ids) -> torch.Tensor:
+        history = nn.functional.pad(engram.compress(torch.as_tensor(ids)[None]), (engram.history, 0), value=NO_TOKEN)
+        return name_positions(history, engram.families, engram.constants)[0]
 
     return name
 
