@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .engram_karla import Engram, EngramLayout, Level, Pack
-from .hashing_karla import NO_NAME, NO_TOKEN
+from .hashing_karla import BEGINS, BREAKS, ENDS, NO_NAME, NO_TOKEN, NameConstants, NgramFamily
 
 
 _BITS = 2**64 - 1
@@ -82,39 +82,52 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
-def naive_names(
-    compressed_ids: list[list[int]], orders: list[int], multipliers: list[int], pad_id: int
-) -> list[list[list[int]]]:
+def naive_names(ids: list[list[int]], families: list[NgramFamily], constants: NameConstants) -> list[list[list[int]]]:
     """Name of every suffix n-gram: the published mix, the family's stride added, through the finaliser of splitmix64.
 
     Args:
-        compressed_ids: B lists of T compressed ids, `NO_TOKEN` where there is none. Not modified.
-        orders: n of every family.
-        multipliers: m_k of the token k steps back.
-        pad_id: compressed id that is hashed where there is no token.
+        ids: B lists of T token ids, `NO_TOKEN` where there is none. Not modified.
+        families: the F families.
+        constants: see `NameConstants`.
 
     Returns:
-        B x T x F signed 64-bit integers; 0 where not even the shortest n-gram is complete.
+        B x T x F signed 64-bit integers; 0 where not even the shortest n-gram is complete, and for a sentence family
+        where the sentence has less than half of its tokens.
 
     Example:
-        >>> naive_names([[3, 4]], [2], [1, 3], pad_id=0)
+        >>> constants = NameConstants(torch.tensor([1, 3]), torch.arange(9), torch.zeros(9, dtype=torch.uint8), 0)
+        >>> naive_names([[3, 4]], [NgramFamily(2, 1.0)], constants)
         [[[0], [834254763131718849]]]
     """
+    multipliers, token_map = constants.multipliers.tolist(), constants.token_map.tolist()
+    shortest = min(family.order for family in families)
     names: list = []
-    for ids in compressed_ids:
+    for text in ids:
         names.append([])
-        for t in range(len(ids)):
-            recent = [ids[t - k] if t >= k else NO_TOKEN for k in range(max(orders))]
-            complete = NO_TOKEN not in recent[: min(orders)]
+        for t in range(len(text)):
+            recent = [text[t - k] if t >= k else NO_TOKEN for k in range(max(family.order for family in families))]
+            length = _sentence_length(text[: t + 1], constants.boundaries.tolist())
             names[-1].append([])
-            for number, order in enumerate(orders, start=1):
+            for number, family in enumerate(families, start=1):
                 mix = 0
-                for token, multiplier in zip(recent[:order], multipliers, strict=False):
-                    mix ^= (pad_id if token == NO_TOKEN else token) * multiplier
+                for k, token in enumerate(recent[: family.order]):
+                    absent = token == NO_TOKEN or (family.sentence and k >= length)
+                    mix ^= (constants.pad_id if absent else token_map[token]) * multipliers[k]
                 bits = _splitmix64((mix + number * 0x1E3779B97F4A7C15) & _BITS) or 1
-                signed = bits - 2**64 if bits >= 2**63 else bits
-                names[-1][-1].append(signed if complete else NO_NAME)
+                named = length >= family.order // 2 if family.sentence else NO_TOKEN not in recent[:shortest]
+                names[-1][-1].append((bits - 2**64 if bits >= 2**63 else bits) if named else NO_NAME)
     return names
+
+
+def _sentence_length(text: list[int], boundaries: list[int]) -> int:
+    """Tokens of the sentence that a text ends in; what comes before the text, or is masked, ends one."""
+    for length in range(1, len(text)):
+        before, here = text[-length - 1], text[-length]
+        if before == NO_TOKEN or boundaries[before] & BREAKS:
+            return length
+        if here != NO_TOKEN and boundaries[before] & ENDS and boundaries[here] & BEGINS:
+            return length
+    return len(text)
 
 
 def _splitmix64(bits: int) -> int:

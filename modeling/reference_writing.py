@@ -101,27 +101,26 @@ def _correct(
                 moved[coordinate] += value
         return problems[p].direction(moved)
 
+    directions = {p: direction(p) for p in problems}
+    active = [p for p in problems if owned[p]]
     for _ in range(rule.repeats):
+        active = [p for p in active if sign * (aim - directions[p][1]) > 0]  # once there, a position is left alone
         changes: dict[int, list[torch.Tensor]] = {}
-        for p, problem in problems.items():
-            d, log_odds = direction(p)
-            reached = log_odds >= aim if sign == 1 else log_odds <= aim
-            if reached or not owned[p]:
-                continue
+        for p in active:
+            d, log_odds = directions[p]
             covered = 0.0
             for f in owned[p]:
                 for coordinate in coordinates[f]:
                     covered += engram.families[f].weight * float(d[coordinate]) ** 2
-            whole, own = float(d @ d), float(problem.embeddings[0] @ problem.embeddings[0])
+            whole, own = float(d @ d), float(problems[p].embeddings[0] @ problems[p].embeddings[0])
             divisor = max(covered, rule.least_coverage * whole, rule.least_separation * own)
             margin = min(abs(aim - log_odds) + rule.overshoot, rule.max_margin)
             change = d * (sign * margin / divisor)
             for f in owned[p]:
                 share = engram.families[f].weight * change[coordinates[f]]
                 changes.setdefault(names[p][f], []).append(share)
-        if not changes:
-            break
         for name, shares in changes.items():
             delta[name] += sum(shares) / len(shares)
+        directions.update({p: direction(p) for p in active})
     pack.add(delta)
-    return {p: bool(owned[p]) for p in problems}, {p: direction(p)[1] for p in problems}
+    return {p: bool(owned[p]) for p in problems}, {p: directions[p][1] for p in problems}

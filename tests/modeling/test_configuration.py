@@ -88,7 +88,10 @@ def family(**changes):
 
 MISTAKES = {
     "no family": ({"engram_families": []}, "`engram_families` is empty, but the memory needs at least one; give an"),
-    "other kind": ({"engram_families": family(kind="set")}, '; each family is {"kind": "ngram", "order": int >= 1'),
+    "other kind": (
+        {"engram_families": family(kind="set")},
+        '; each family is {"kind": "ngram" or "sentence", "order"',
+    ),
     "family key": ({"engram_families": family(heads=2)}, "'heads': 2}; each family is"),
     "no weight": ({"engram_families": [{"kind": "ngram", "order": 4}]}, "; each family is"),
     "order 0": ({"engram_families": family(order=0)}, "; give an int order >= 1 and a weight > 0."),

@@ -231,6 +231,7 @@ def test_new_memory_reads_zero(make_engram, name_text):
     assert torch.equal(engram.read(names), torch.zeros(4, 24))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", [(0, 2), (1, 2), (2, 0, 2), (2, 3, 2)])
 @pytest.mark.parametrize("packs", [0, 1])
 def test_read_has_the_shape_of_its_names(make_engram, shape, packs):
@@ -242,6 +243,7 @@ def test_read_has_the_shape_of_its_names(make_engram, shape, packs):
     assert memory.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("rows", [4, 1000])
 @pytest.mark.parametrize("ids", [[4], [4, 5], [1, 2, 3, 1, 2, 3, 4, 5, 6, 7, 8]])
 @pytest.mark.parametrize("heads", [1, 2, 3])

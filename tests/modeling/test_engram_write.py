@@ -120,6 +120,7 @@ def assert_same_write(ours, theirs):
     assert torch.equal(ours.written, theirs.written)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("case", WRITES)
 def test_write_equals_naive(write_both, case, sign):

@@ -12,6 +12,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from karla_hf import load_tokenizer
+from karla_hf.modeling import hashing_karla
 from karla_hf.modeling.hashing_karla import (
     NO_NAME,
     NO_TOKEN,
@@ -68,6 +69,11 @@ def constants_for(orders, *, heads=3, rows=50, vocab=97, pad=0, seed=0):
     return hash_constants(orders, heads, rows, torch.arange(vocab), pad, seed)
 
 
+def name_constants_for(orders, *, vocab=97, pad=0, seed=0, boundaries=None):
+    boundaries = torch.zeros(vocab, dtype=torch.uint8) if boundaries is None else boundaries
+    return name_constants(max(orders), torch.arange(vocab), boundaries, pad, seed)
+
+
 def families_of(orders):
     return [NgramFamily(order, 1.0) for order in orders]
 
@@ -117,26 +123,35 @@ def test_any_size_hashes_as_published_and_never_overflows(orders, heads, rows, v
 
 @settings(max_examples=100)
 @given(
-    orders=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    orders=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=6),
     vocab=st.sampled_from([1, 2, 300, 262144]),
     shape=st.sampled_from([(0, 3), (1, 1), (1, 2), (3, 17)]),
-    masked=st.floats(0.0, 1.0),
+    masked=st.floats(0.0, 0.3),
     seed=st.integers(0, 2**31),
 )
-def test_names_equal_naive(orders, vocab, shape, masked, seed):
-    constants = name_constants(max(orders), torch.arange(vocab), vocab - 1, seed)
-    compressed = torch.randint(0, vocab, shape).masked_fill(torch.rand(shape) < masked / 3, NO_TOKEN)
-    names = name_texts(compressed, orders, constants)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_names_equal_naive(kernel, orders, vocab, shape, masked, seed):
+    torch.manual_seed(seed)
+    flags = torch.randint(0, 8, (vocab,), dtype=torch.uint8) * (torch.rand(vocab) < 0.5)
+    families = [NgramFamily(order, 1.0, sentence) for order, sentence in orders]
+    longest = max(family.order for family in families)
+    token_map = torch.randint(0, vocab, (vocab,))
+    constants = name_constants(longest, token_map, flags, vocab - 1, seed)
+    ids = torch.randint(0, vocab, shape).masked_fill(torch.rand(shape) < masked, NO_TOKEN)
+    history = torch.nn.functional.pad(ids, (longest - 1, 0), value=NO_TOKEN)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernel:
+            patch.setattr(hashing_karla, "c_function", lambda name, arguments: None)
+        names = name_positions(history, families, constants)
     assert names.dtype == torch.int64
     assert names.shape == (*shape, len(orders))
-    expected = naive_names(compressed.tolist(), orders, constants.multipliers.tolist(), vocab - 1)
-    assert names.tolist() == expected
+    assert names.tolist() == naive_names(ids.tolist(), families, constants)
 
 
 def test_names_rest_on_the_published_mix():
     orders = [2, 5]
     constants = constants_for(orders)
-    drawn = name_constants(5, constants.token_map, 0, seed=0)
+    drawn = name_constants_for(orders)
     assert torch.equal(drawn.multipliers, constants.multipliers)
     assert drawn.pad_id == constants.pad_id
     compressed = torch.randint(0, 97, (1, 20))
@@ -148,7 +163,7 @@ def test_names_rest_on_the_published_mix():
 
 def test_families_of_the_same_order_give_different_names():
     ids = torch.randint(0, 97, (4, 30))
-    names = name_texts(ids, [2, 2, 2], name_constants(2, torch.arange(97), 0, 0))[:, 1:]
+    names = name_texts(ids, [2, 2, 2], name_constants_for([2]))[:, 1:]
     assert len(names.unique()) == 3 * len(names[..., 0].unique())
 
 
@@ -168,7 +183,7 @@ def test_each_half_of_a_name_is_spread_evenly(half):
     """Over texts that differ in nothing but their last token."""
     ids = torch.zeros(20_000, 3, dtype=torch.int64)
     ids[:, -1] = torch.arange(20_000)
-    names = name_texts(ids, [3], name_constants(3, torch.arange(20_000), 0, 0))[:, -1, 0]
+    names = name_texts(ids, [3], name_constants_for([3], vocab=20_000))[:, -1, 0]
     buckets = names.numpy().copy().view(np.uint32).reshape(-1, 2)[:, half] >> 24
     counts = np.bincount(buckets, minlength=256)
     assert ((counts - 78.125) ** 2 / 78.125).sum() < 360  # chi squared with 255 degrees of freedom: p = 2e-5
@@ -195,23 +210,23 @@ def test_constants_are_the_same_for_the_same_seed_only():
 def test_pad_id_is_compressed():
     token_map = torch.tensor([0, 1, 1, 2])
     assert hash_constants([2], 1, 10, token_map, pad_id=3, seed=0).pad_id == 2
-    assert name_constants(2, token_map, pad_id=3, seed=0).pad_id == 2
+    assert name_constants(2, token_map, torch.zeros(4), pad_id=3, seed=0).pad_id == 2
 
 
 def test_position_with_fewer_tokens_than_the_shortest_family_has_no_name():
-    names = name_texts(torch.tensor([[7, 8, 9, 10, 11]]), [3, 5], constants_for([3, 5]))
+    names = name_texts(torch.tensor([[7, 8, 9, 10, 11]]), [3, 5], name_constants_for([3, 5]))
     assert (names == NO_NAME).tolist() == [[[True, True]] * 2 + [[False, False]] * 3]
 
 
 def test_position_after_a_masked_token_has_no_name_until_the_shortest_family_fits():
     masked = torch.tensor([[7, NO_TOKEN, 9, 10, 11, 12]])
-    names = name_texts(masked, [2, 4], constants_for([2, 4]))
+    names = name_texts(masked, [2, 4], name_constants_for([2, 4]))
     assert (names[0] == NO_NAME).all(-1).tolist() == [True, True, True, False, False, False]
 
 
 def test_left_padding_changes_no_name():
     ids = torch.randint(0, 97, (1, 9))
-    constants = constants_for([2, 4])
+    constants = name_constants_for([2, 4])
     padded = torch.nn.functional.pad(ids, (5, 0), value=NO_TOKEN)
     alone, shifted = name_texts(ids, [2, 4], constants), name_texts(padded, [2, 4], constants)
     assert torch.equal(shifted[:, 5:], alone)
@@ -219,7 +234,7 @@ def test_left_padding_changes_no_name():
 
 def test_name_depends_on_the_last_tokens_of_its_order_only():
     ids = torch.randint(0, 97, (1, 12))
-    constants = constants_for([2, 4])
+    constants = name_constants_for([2, 4])
     before = name_texts(ids, [2, 4], constants)
     ids[0, 6] = (ids[0, 6] + 1) % 97
     after = name_texts(ids, [2, 4], constants)

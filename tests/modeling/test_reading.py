@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karla_hf.modeling.reading_karla import plan_windows, read_texts
+from karla_hf.modeling.reading_karla import plan_windows, read_texts, sentence_starts
 from karla_hf.modeling.reference_engram import NaivePack, rows_by_level
 from karla_hf.modeling.reference_writing import naive_write_chunk
 
 
 HIDDEN, VOCAB = 24, 50
-WINDOWS = {"window": 6, "stride": 3, "batch_tokens": 18}
+WINDOWS = {"window": 6, "stride": 3, "least": 4, "batch_tokens": 18}
 
 
 @pytest.fixture
@@ -63,7 +63,8 @@ def bytes_of(pack):
 def naive_read_texts(texts, engram, pack, name_text, reader, weight, sign):
     """One window after the other, one text's names at a time; surprises before and after, positions written."""
     positions = []
-    for w in plan_windows([len(text) for text in texts], WINDOWS["window"], WINDOWS["stride"]):
+    starts = [sentence_starts(torch.tensor(text), engram.constants.boundaries, WINDOWS["least"]) for text in texts]
+    for w in plan_windows([len(text) for text in texts], WINDOWS["window"], WINDOWS["stride"], starts):
         text = torch.tensor(texts[w.text])
         shown = text[w.start : w.end][None]
         states = reader(shown, torch.ones_like(shown))[0]
@@ -104,6 +105,7 @@ TEXTS = {
 }
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("texts", TEXTS)
 def test_reading_equals_naive(new_memory, name_text, weight, texts, sign):
@@ -198,7 +200,7 @@ def test_report_counts_names_that_found_no_row(new_memory, weight):
 def test_backbone_sees_no_more_than_a_window(new_memory, weight):
     reader = Reader()
     text = list(range(1, 21))
-    read([text], new_memory(), reader, weight, window=6, stride=2)
+    read([text], new_memory(), reader, weight, window=6, stride=2, least=None)
     assert max(map(len, reader.shown)) == 6
     assert reader.shown[0] == text[:6]
     assert reader.shown[1] == text[2:8]
@@ -208,7 +210,7 @@ def test_address_reaches_back_beyond_the_window(new_memory, name_text, weight):
     """The nine tokens of the long family address a row although the backbone saw four of them."""
     engram = new_memory()
     text = list(range(1, 21))
-    read([text], engram, Reader(), weight, window=4, stride=2)
+    read([text], engram, Reader(), weight, window=4, stride=2, least=None)
     owned = set().union(*rows_by_level(engram.packs["a"]))
     assert owned >= set(name_text(engram, text)[8:19, 1].tolist())
 
