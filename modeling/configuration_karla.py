@@ -36,7 +36,8 @@ class KarlaConfig(PreTrainedConfig):
         engram_num_heads: heads of a row: a name's row has `engram_num_heads * engram_head_dim` coordinates.
         engram_head_dim: coordinates of the hidden state per head; None takes 64, or what fits.
         engram_rows_per_head: rows per family and head of a pack's first table; a pack grows beyond it.
-        engram_max_rows: most rows of a pack's slowest level, over all families; None lets it grow.
+        engram_max_rows: most rows of a pack's slowest level, over all families, in whole buckets of eight; None lets
+            it grow.
         engram_chunk_size: positions written together: one step of the memory's clock.
         engram_update_periods: chunks between two changes of each level of the memory; the first is 1, and each is a
             multiple of the one before.
