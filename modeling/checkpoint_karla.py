@@ -145,10 +145,13 @@ class KarlaCheckpointMixin:
     def _own_state(self, state_dict: dict[str, torch.Tensor] | None, include_backbone: bool):
         if include_backbone:
             return state_dict
-        if state_dict is None:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
-            prefix = self.head_prefix
-            return self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
-        return {name: tensor for name, tensor in state_dict.items() if name.startswith(self.head_prefix)}
+        prefixes = self.own_prefixes
+        if state_dict is not None:
+            return {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
+        own: dict[str, torch.Tensor] = {}
+        for prefix in prefixes:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
+            own |= self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
+        return own
 
 
 def _find(checkpoint: str, hub: dict, name: str) -> str | None:

@@ -8,6 +8,7 @@ embeddings themselves get the same logits as `KarlaForCausalLM`.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
 from .engram_karla import new_engram
 from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions
+from .layer_engram_karla import LayerEngram
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
     KarlaCausalLMOutput,
@@ -47,6 +49,7 @@ class KarlaModel(KarlaPreTrainedModel):
         self.backbone: nn.Module | None = None
         self._lm_head: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule of this model
         self.ctm = KarlaHead(config)
+        self.layer_engram = None if config.engram_layer_ids is None else LayerEngram(config)
         with torch.device("cpu"):  # also while the rest is built on the meta device
             self.memory = new_engram(config, torch.arange(config.text_config.vocab_size), pad_id=0)
         self.memory_tokenizer: str | None = None
@@ -57,6 +60,8 @@ class KarlaModel(KarlaPreTrainedModel):
     def link(self, backbone: nn.Module, lm_head: nn.Module) -> None:
         """Take a backbone and the output layer that belongs to it. The output layer stays outside `state_dict`."""
         self.backbone, self._lm_head = backbone, (lm_head,)
+        if self.layer_engram is not None:
+            self.layer_engram.insert(backbone)
 
     def get_input_embeddings(self):
         """The backbone's token embeddings."""
@@ -131,7 +136,10 @@ class KarlaModel(KarlaPreTrainedModel):
             use_cache = getattr(self.config.text_config, "use_cache", True)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._backbone_trains()):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and self._backbone_trains()),
+            self.trained_rows(input_ids, attention_mask, past_key_values, past),
+        ):
             out = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -158,11 +166,19 @@ class KarlaModel(KarlaPreTrainedModel):
 
     def cache_layer(self, cache: Cache, past: int) -> KarlaCacheLayer:
         """This model's layer of a cache, appended if the cache held nothing (`past` 0) before."""
+        if self.layer_engram is not None:
+            self.layer_engram.cache_layer(cache, past)
         reach = max(self.config.ctm_window - 1, self.memory.history)
         return karla_layer(cache, keep=reach, slack=self.config.ctm_window, past=past)
 
+    def trained_rows(self, input_ids, attention_mask=None, cache=None, past=0) -> contextlib.AbstractContextManager:
+        """Inside `with`, trained rows take part in the backbone's pass over these tokens; see `LayerEngram.reading`."""
+        layer = self.layer_engram
+        return contextlib.nullcontext() if layer is None else layer.reading(input_ids, attention_mask, cache, past)
+
     def _backbone_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.backbone.parameters())
+        parts = [part for part in (self.backbone, self.layer_engram) if part is not None]
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _remember(self, input_ids, attention_mask, out, cache, past, keep):
         """Keys and values for the head and token history for the memory, of the new positions and what they reach."""
@@ -311,6 +327,8 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         token_map = compress_vocabulary(tokenizer, self.config.text_config.vocab_size)
         self.set_engram(new_engram(self.config, token_map, pad), tokenizer_hash(tokenizer))
+        if self.model.layer_engram is not None:
+            self.model.layer_engram.rows.use_token_map(token_map, pad)
 
     def get_output_embeddings(self):
         """The backbone's frozen output layer."""
@@ -404,6 +422,10 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         if cache is not None and len(cache.layers) >= self.config.text_config.num_hidden_layers:
             # up front, so that a static cache knows from the first step that this layer cannot be compiled
             self.model.cache_layer(cache, past=int(cache.get_seq_length()))
+
+    def _closed_states(self, input_ids, attention_mask):
+        with self.model.trained_rows(input_ids, attention_mask):
+            return super()._closed_states(input_ids, attention_mask)
 
 
 def _plain_config(config):

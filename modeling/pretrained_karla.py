@@ -17,6 +17,7 @@ from .checkpoint_karla import KarlaCheckpointMixin
 from .configuration_karla import KarlaConfig
 from .ctm_karla import KarlaHead, NeuronModels, Synchronisation
 from .engram_karla import Engram
+from .layer_engram_karla import HashedRows, RowGate
 
 
 @dataclass
@@ -88,6 +89,11 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
         elif isinstance(module, BitLinear) and not module.is_packed:
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, HashedRows):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, RowGate):
+            for weight in module.zero_initialised:
+                init.zeros_(weight)
         elif isinstance(module, SourceMemory):
             init.normal_(module.layer_embedding, std=0.02)
             init.normal_(module.registers, std=0.02)
@@ -116,6 +122,13 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
     def head_prefix(self) -> str:
         """Prefix of the head's weights in the state dict."""
         return "ctm." if self.karla_model is self else "model.ctm."
+
+    @property
+    def own_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of all weights that are not the backbone's: the head's, and those of trained rows if there are any."""
+        head = self.head_prefix
+        rows = head.removesuffix("ctm.") + "layer_engram."
+        return (head,) if self.karla_model.layer_engram is None else (head, rows)
 
     @property
     def engram(self) -> Engram:
