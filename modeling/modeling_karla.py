@@ -153,8 +153,7 @@ class KarlaModel(KarlaPreTrainedModel):
         blocks, history = self._remember(input_ids, attention_mask, out, past_key_values, past, keep)
         hidden = out.last_hidden_state[:, -keep:]
         state = hidden + self._recall(history, keep).to(hidden)
-        thought = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
-        delta, ticks_used, sure, deltas = thought
+        delta, ticks_used, sure, deltas = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
         return KarlaModelOutput(
             last_hidden_state=state + delta.to(state.dtype),
             past_key_values=past_key_values if use_cache else None,
@@ -410,8 +409,9 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         used = labels[:, 1:] != -100
         deltas = out.tick_deltas[:, :, :-1]
         state = out.last_hidden_state[:, :-1] - deltas[-1]
+        state = state if self.model._backbone_trains() else state.detach()
         losses = two_tick_loss(
-            state[used].detach(), deltas[:, used], labels[:, 1:][used], *self.model.output_projection(),
+            state[used], deltas[:, used], labels[:, 1:][used], *self.model.output_projection(),
             self.config.certainty_candidates,
         )  # fmt: skip
         return losses.sum() / (used.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
