@@ -8,7 +8,6 @@ embeddings themselves get the same logits as `KarlaForCausalLM`.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -137,7 +136,7 @@ class KarlaModel(KarlaPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and self._backbone_trains()),
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trains),
             self.trained_rows(input_ids, attention_mask, past_key_values, past),
         ):
             out = self.backbone(
@@ -169,15 +168,6 @@ class KarlaModel(KarlaPreTrainedModel):
             self.layer_engram.cache_layer(cache, past)
         reach = max(self.config.ctm_window - 1, self.memory.history)
         return karla_layer(cache, keep=reach, slack=self.config.ctm_window, past=past)
-
-    def trained_rows(self, input_ids, attention_mask=None, cache=None, past=0) -> contextlib.AbstractContextManager:
-        """Inside `with`, trained rows take part in the backbone's pass over these tokens; see `LayerEngram.reading`."""
-        layer = self.layer_engram
-        return contextlib.nullcontext() if layer is None else layer.reading(input_ids, attention_mask, cache, past)
-
-    def _backbone_trains(self) -> bool:
-        parts = [part for part in (self.backbone, self.layer_engram) if part is not None]
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _remember(self, input_ids, attention_mask, out, cache, past, keep):
         """Keys and values for the head and token history for the memory, of the new positions and what they reach."""
@@ -409,7 +399,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         used = labels[:, 1:] != -100
         deltas = out.tick_deltas[:, :, :-1]
         state = out.last_hidden_state[:, :-1] - deltas[-1]
-        state = state if self.model._backbone_trains() else state.detach()
+        state = state if self.backbone_trains else state.detach()
         losses = two_tick_loss(
             state[used], deltas[:, used], labels[:, 1:][used], *self.model.output_projection(),
             self.config.certainty_candidates,
@@ -424,7 +414,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
             self.model.cache_layer(cache, past=int(cache.get_seq_length()))
 
     def _closed_states(self, input_ids, attention_mask):
-        with self.model.trained_rows(input_ids, attention_mask):
+        with self.trained_rows(input_ids, attention_mask):
             return super()._closed_states(input_ids, attention_mask)
 
 

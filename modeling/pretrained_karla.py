@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +144,17 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
     def set_engram(self, engram: Engram, tokenizer_sha256: str | None) -> None:
         """Replace the memory."""
         self.karla_model.memory, self.karla_model.memory_tokenizer = engram, tokenizer_sha256
+
+    @property
+    def backbone_trains(self) -> bool:
+        """Whether gradients must pass through the backbone: to trained rows, or to weights of its own such as LoRA's."""
+        parts = (self.karla_model.backbone, self.karla_model.layer_engram)
+        return any(weight.requires_grad for part in parts if part is not None for weight in part.parameters())
+
+    def trained_rows(self, input_ids, attention_mask=None, cache=None, past=0) -> contextlib.AbstractContextManager:
+        """Inside `with`, trained rows take part in the backbone's pass over these tokens; see `LayerEngram.reading`."""
+        layer = self.karla_model.layer_engram
+        return contextlib.nullcontext() if layer is None else layer.reading(input_ids, attention_mask, cache, past)
 
     def attach_backbone(self, causal_lm: PreTrainedModel) -> None:
         """Take a causal language model as level L0: it is frozen, and its output layer becomes this model's."""
