@@ -86,13 +86,12 @@ class HashedRows(nn.Embedding):
         """Rows of every position.
 
         Args:
-            history: [B, S - 1 + T] int64 compressed ids on the CPU, S the longest order, `NO_TOKEN` where there is none.
+            history: [B, S - 1 + T] int64 compressed ids, S the longest order, `NO_TOKEN` where there is none.
 
         Returns:
             [B, T, L * F, H] int64 in [0, R), layer by layer.
         """
-        tokens = history.masked_fill(history == NO_TOKEN, int(self.pad_id))
-        longest = max(self.orders)
+        tokens, longest = history.cpu().masked_fill(history.cpu() == NO_TOKEN, int(self.pad_id)), max(self.orders)
         mix = [
             NgramFamily(order, 1.0).mix(tokens, multipliers)[:, longest - order :]
             for multipliers in self.multipliers.cpu()

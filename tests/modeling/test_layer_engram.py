@@ -323,6 +323,14 @@ def test_checkpoint_comes_back_equal(backbone_folder, make_karla, random_ids, tm
     assert torch.isfinite(half(ids).logits).all()
 
 
+def test_checkpoint_without_rows_gets_none(saved):
+    assert KarlaForCausalLM.from_pretrained(saved).model.layer_engram is None
+    with pytest.raises(
+        ValueError, match=r"karla has no trained rows as engram_layer_ids asks for; load it without, or"
+    ):
+        KarlaForCausalLM.from_pretrained(saved, engram_layer_ids=[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
