@@ -25,8 +25,7 @@ _LARGEST = np.finfo(np.float16).max
 def find_pack(engram: Engram, name: str) -> Pack:
     """A pack by its name; KeyError if there is none."""
     if name not in engram.packs:
-        known = ", ".join(map(repr, sorted(engram.packs))) or "none"
-        raise KeyError(f"There is no pack {name!r}; the packs are: {known}.")
+        raise KeyError(f"There is no pack {name!r}; the packs are {sorted(engram.packs)}.")
     return engram.packs[name]
 
 

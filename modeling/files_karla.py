@@ -116,7 +116,9 @@ def write_tensors(
     sha256 = hashlib.sha256()
     with _temporary(folder) as (descriptor, path):
         with open(descriptor, "wb", closefd=False) as file:
-            blocks = (np.ascontiguousarray(block).data for tensor in tensors.values() for block in tensor.blocks)
+            blocks: Iterator[Any] = (
+                np.ascontiguousarray(block) for tensor in tensors.values() for block in tensor.blocks
+            )
             for part in itertools.chain([len(text).to_bytes(8, "little"), text], blocks):
                 sha256.update(part)
                 file.write(part)
@@ -239,14 +241,22 @@ def sweep(folder: Path, keep: set[str]) -> None:
 
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[tuple[int, Path]]:
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
+    name = None
     try:
-        os.fchmod(descriptor, 0o644)
-        yield descriptor, Path(name)
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY)
+        try:
+            os.fchmod(descriptor, 0o644)
+            yield descriptor, Path(name)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror or error}); what was there before is unchanged."
+        ) from error
     finally:
-        os.close(descriptor)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
 
 
 @contextlib.contextmanager

@@ -56,15 +56,15 @@ def save_folder(engram: Engram, folder: Path, tokenizer_sha256: str | None, *, r
         remember: whether the memory counts as saved then; False for a part of it.
     """
     with lock_folder(folder):
-        saver = _Saver(engram, folder)
+        saver, path, data = _Saver(engram, folder), folder / MANIFEST, b""
         try:
             data = saver.write(tokenizer_sha256)
             if data != saver.before:
                 sync_folder(folder)
                 replace_file(folder, MANIFEST, data)
-            if remember:
+        finally:  # however this ended, what counts is what the folder says
+            if remember and path.is_file() and path.read_bytes() == data:
                 saver.remember(data)
-        finally:
             _sweep(folder)
 
 

@@ -42,7 +42,11 @@ def state(engram) -> dict:
     packs = {}
     for name, pack in engram.packs.items():
         tables = [
-            (table.names.tobytes(), np.where(table.names.reshape(-1, 1) != 0, table.rows, 0).tobytes(), table.num_owned)
+            (
+                table.names.tobytes(),
+                np.where(table.names.reshape(-1, 1) != 0, table.rows, 0).tobytes(),
+                table.num_owned,
+            )
             for level in pack.levels
             for table in level.tables
         ]
@@ -77,7 +81,10 @@ def files_of_pack(folder, pack) -> list[Path]:
     """A pack's files: the slowest level's last, the newest of a table last."""
     (entry,) = (entry for entry in manifest_of(folder)["packs"] if entry["name"] == pack)
     return [
-        folder / "engram" / file["file"] for level in entry["levels"] for table in level["tables"] for file in table["files"]
+        folder / "engram" / file["file"]
+        for level in entry["levels"]
+        for table in level["tables"]
+        for file in table["files"]
     ]
 
 

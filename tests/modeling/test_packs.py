@@ -167,7 +167,7 @@ def test_a_thousand_equal_writes_are_written_a_few_times_each():
 
 def test_dense_table_is_mapped_and_its_file_never_written(tmp_path, monkeypatch):
     monkeypatch.setattr(stored_table_karla, "DENSE_BYTES", 0)
-    engram = make_engram("a", periods=(1,), rows=256)
+    engram = make_engram("a", periods=(1,), rows=128)
     save_engram(engram, tmp_path, None)
     (path,) = files_of_pack(tmp_path, "a")
     before = path.read_bytes()
