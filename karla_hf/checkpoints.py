@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from karla_hf.backbones import load_tokenizer
 from karla_hf.modeling.configuration_karla import KarlaConfig, check_config_keys
 from karla_hf.modeling.engram_karla import Engram
-from karla_hf.modeling.files_karla import lock_folder
+from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.memory_karla import tokenizer_hash
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.packs_karla import FOLDER, load_engram

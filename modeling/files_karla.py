@@ -1,13 +1,12 @@
 """Files of the memory: safetensors that are written once, named by their content, and mapped when they are read.
 
 Whatever is written goes to a temporary file in its folder, to the disk, and then to its name in one step, so that a
-process that dies leaves what was there before. One process at a time holds the lock of a folder to write.
+process that dies leaves what was there before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -18,7 +17,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +24,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-LOCK = ".lock"
 TEMPORARY = ".saving-"
 ALIGNMENT = 64  # bytes; a bucket of names is a cache line
 CHECKED_BYTES = 256 << 20  # up to here a file's content is checked whenever it is opened
@@ -35,7 +32,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F16": np.dtype("<f
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{16}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-_held: set[tuple[Path, int]] = set()
 
 
 class StoredFile(NamedTuple):
@@ -106,20 +102,14 @@ def write_tensors(
     Raises:
         OSError: if it cannot be written; nothing is left of it then.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    head = tensors_head(tensors)
     sha256 = hashlib.sha256()
     with _temporary(folder) as (descriptor, path):
         with open(descriptor, "wb", closefd=False) as file:
             blocks: Iterator[Any] = (
                 np.ascontiguousarray(block) for tensor in tensors.values() for block in tensor.blocks
             )
-            for part in itertools.chain([len(text).to_bytes(8, "little"), text], blocks):
+            for part in itertools.chain([head], blocks):
                 sha256.update(part)
                 file.write(part)
             size = file.tell()
@@ -128,6 +118,18 @@ def write_tensors(
         name = f"{stem}-{digest[:16]}.safetensors"
         os.replace(path, folder / name)
     return StoredFile(name, digest, size, rows, dense)
+
+
+def tensors_head(tensors: Mapping[str, Blocks]) -> bytes:
+    """What a safetensors file begins with: the length of its header, and the header, filled up with spaces."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * _DTYPES[tensor.dtype].itemsize
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def open_tensors(
@@ -257,46 +259,3 @@ def _temporary(folder: Path) -> Iterator[tuple[int, Path]]:
         if name is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Be the only one who writes to a folder, which is made if it is not there. The lock of a process that dies is free.
-
-    A thread that holds the lock may take it again.
-
-    Raises:
-        OSError: if another process or thread holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    key = (folder.resolve(), threading.get_ident())
-    if key in _held:
-        yield
-        return
-    path = folder / LOCK
-    descriptor = _take_lock(path)
-    _held.add(key)
-    try:
-        yield
-    finally:
-        _held.discard(key)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()  # while it is held: whoever has opened it sees that it is gone
-        os.close(descriptor)
-
-
-def _take_lock(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                return descriptor
-        except FileNotFoundError:
-            pass  # its holder has just removed it
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OSError(
-                f"Another process is writing to the memory in {path.parent}; try again when it has finished."
-            ) from error
-        os.close(descriptor)

@@ -13,7 +13,6 @@ from .engram_karla import Engram, Pack
 from .files_karla import (
     StoredFile,
     bring_file,
-    lock_folder,
     open_tensors,
     replace_file,
     sweep,
@@ -21,6 +20,7 @@ from .files_karla import (
     whole,
     write_tensors,
 )
+from .lock_karla import lock_folder
 from .manifest_karla import MANIFEST, SCHEMA, files_of, parse_manifest, stored_file
 from .stored_table_karla import first_to_merge, write_table
 from .table_karla import EngramTable

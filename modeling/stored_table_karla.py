@@ -14,7 +14,8 @@ from .table_karla import EngramTable
 
 
 MOST_FILES = 8  # of a table, from where on they are merged
-DENSE_BYTES = 64 << 20  # from here on a table that is a quarter full is stored whole
+DENSE_BYTES = 64 << 20  # from here on a table is stored whole,
+DENSE_LOAD = 0.25  # if so many of its rows have names
 BLOCK = 65536  # rows copied at once
 
 
@@ -42,7 +43,7 @@ def write_table(folder: Path, stem: str, table: EngramTable, slots: np.ndarray |
     """Write some slots of a table, or all that have a name: as the whole table if it is large and well filled."""
     if slots is None:
         large = table.names.nbytes + table.rows.nbytes >= DENSE_BYTES
-        if large and 4 * table.num_owned >= len(table):
+        if large and table.load >= DENSE_LOAD:
             return _write_dense(folder, stem, table)
         (slots,) = np.nonzero(table.names.reshape(-1))
     names = table.names.reshape(-1)[slots]

@@ -16,7 +16,7 @@ from small_engram import assert_same, contents, files_of_pack, load, make_engram
 
 from karla_hf.modeling import packs_karla, stored_table_karla
 from karla_hf.modeling.exchange_karla import merge_packs, verify_engram
-from karla_hf.modeling.files_karla import lock_folder
+from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.packs_karla import load_engram, save_engram
 from karla_hf.modeling.saving_karla import check_undamaged
 
@@ -358,7 +358,7 @@ def test_lock_is_held_by_one_and_a_dead_process_does_not_keep_it(saved):
     code = """
 import sys
 from pathlib import Path
-from karla_hf.modeling.files_karla import lock_folder
+from karla_hf.modeling.lock_karla import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
