@@ -1,7 +1,8 @@
-"""A small C kernel for the ternary linears of decoding, built once with the local compiler.
+"""Small C kernels for the ternary linears of decoding and for the memory, built once with the local compiler.
 
-It is registered as `torch.ops.karla_hf.bitlinear`, where the modeling files look for it. Without a compiler, or off the
-CPU, they use torch alone, with the same results.
+They are registered as `torch.ops.karla_hf.bitlinear` and, since a lookup costs less than the call of an operator, as
+`torch.ops.karla_hf.address`, which tells where a C function lies; the modeling files look for them there. Without a
+compiler, or off the CPU, they use torch and numpy alone, with the same results.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-trapping-math", "-fno-ma
 _library = torch.library.Library("karla_hf", "DEF")
 
 
-def build(folder: Path | None = None) -> Path | None:
-    """Compile the kernel if it is not there yet.
+def build(name: str, folder: Path | None = None) -> Path | None:
+    """Compile a kernel if it is not there yet.
 
     Args:
+        name: "bitlinear" or "engram".
         folder: where built kernels are kept; None takes karla-hf's cache.
 
     Returns:
@@ -38,32 +40,48 @@ def build(folder: Path | None = None) -> Path | None:
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        logger.info("No C compiler found, so ternary linears run in torch alone; set CC to use one.")
+        logger.info("No C compiler found, so %s runs in torch alone; set CC to use one.", name)
         return None
-    source = files("karla_hf") / "data" / "bitlinear.c"
+    source = files("karla_hf") / "data" / f"{name}.c"
     folder = folder or backbone_cache_dir().parent / "kernels"
-    target = folder / f"bitlinear-{_fingerprint(source.read_bytes(), compiler)}.so"
+    target = folder / f"{name}-{_fingerprint(source.read_bytes(), compiler)}.so"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as staging:
-        path, built = Path(staging) / "bitlinear.c", Path(staging) / "bitlinear.so"
+        path, built = Path(staging) / f"{name}.c", Path(staging) / f"{name}.so"
         path.write_bytes(source.read_bytes())
         done = subprocess.run(
             [compiler, *FLAGS, str(path), "-o", str(built), "-lm"], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            logger.info("%s cannot build the kernel, so ternary linears run in torch alone: %s", compiler, done.stderr)
+            logger.info("%s cannot build the kernel %s, so torch runs alone: %s", compiler, name, done.stderr)
             return None
         os.replace(built, target)
     return target
 
 
-def register() -> bool:
-    """Build the kernel and register `torch.ops.karla_hf.bitlinear`; False where it cannot be built."""
-    path = build()
+def register() -> None:
+    """Build the kernels and register those that can be built."""
+    _register_bitlinear(build("bitlinear"))
+    _register_engram(build("engram"))
+
+
+def _register_engram(path: Path | None) -> None:
     if path is None:
-        return False
+        return
+    library = ctypes.CDLL(str(path))
+
+    def address(name: str) -> int:
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+
+    _library.define("address(str name) -> int")
+    _library.impl("address", address, "CompositeExplicitAutograd")
+
+
+def _register_bitlinear(path: Path | None) -> None:
+    if path is None:
+        return
     function = ctypes.CDLL(str(path)).karla_bitlinear
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     real, small = ctypes.c_double, ctypes.c_float
@@ -83,7 +101,6 @@ def register() -> bool:
     torch.library.register_fake(
         "karla_hf::bitlinear", lambda x, codes, scale, eps, floor: x.new_empty(*x.shape[:-1], codes.shape[0])
     )
-    return True
 
 
 def _fingerprint(source: bytes, compiler: str) -> str:

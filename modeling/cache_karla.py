@@ -1,6 +1,6 @@
 """What Karla remembers between two calls of a generation: one extra layer of the Hugging Face `Cache`.
 
-It holds the compressed token ids that n-gram addresses reach back to and the head's keys and values of the last window.
+It holds the token ids that n-gram addresses reach back to and the head's keys and values of the last window.
 As a layer of the cache it is reordered, repeated, cropped and reset together with the backbone's layers.
 """
 
@@ -19,7 +19,7 @@ class KarlaCacheLayer(CacheLayerMixin):
 
     Attributes:
         keys: [B, 2, H, T, S, d] the head's keys and values, oldest first; None before the first call.
-        values: [B, T] int64 compressed token ids on the CPU, negative at padding.
+        values: [B, T] int64 token ids on the CPU, negative at padding.
     """
 
     is_sliding = True
@@ -43,7 +43,7 @@ class KarlaCacheLayer(CacheLayerMixin):
 
         Args:
             key_states: [B, 2, H, T, S, d] new keys and values.
-            value_states: [B, T] int64 new compressed ids, on the CPU.
+            value_states: [B, T] int64 new token ids, on the CPU.
 
         Returns:
             Keys and values [B, 2, H, K + T, S, d] and ids [B, K + T] with K <= `keep` earlier positions.

@@ -1,5 +1,7 @@
 """Configuration of Karla: which frozen backbone, which memory, which head."""
 
+from itertools import pairwise
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -13,8 +15,8 @@ AUTO_MAP = {
 DEFAULT_FAMILIES = (
     {"kind": "ngram", "order": 4, "weight": 0.1},
     {"kind": "ngram", "order": 6, "weight": 0.2},
-    {"kind": "ngram", "order": 12, "weight": 0.3},
-    {"kind": "ngram", "order": 24, "weight": 0.4},
+    {"kind": "sentence", "order": 12, "weight": 0.3},
+    {"kind": "sentence", "order": 24, "weight": 0.4},
 )
 
 
@@ -30,7 +32,7 @@ class KarlaConfig(PreTrainedConfig):
         backbone_quantization: `"nf4"`, `"int8"` or arguments of `BitsAndBytesConfig` for the backbone, or None.
         backbone_included: whether the checkpoint holds the backbone's weights itself.
         engram_families: address families of the memory (L1), each `{"kind": "ngram", "order": n, "weight": w}`; the
-            weights are the shares of a written correction.
+            weights are the shares of a written correction. Kind `"sentence"` looks back no further than the sentence.
         engram_num_heads: heads of a row: a name's row has `engram_num_heads * engram_head_dim` coordinates.
         engram_head_dim: coordinates of the hidden state per head; None takes 64, or what fits.
         engram_rows_per_head: rows per family and head of a pack's first table; a pack grows beyond it.
@@ -123,10 +125,10 @@ class KarlaConfig(PreTrainedConfig):
         if not self.engram_families:
             raise ValueError("`engram_families` is empty, but the memory needs at least one; give an n-gram family.")
         for family in self.engram_families:
-            if set(family) != {"kind", "order", "weight"} or family["kind"] != "ngram":
+            if set(family) != {"kind", "order", "weight"} or family["kind"] not in ("ngram", "sentence"):
                 raise ValueError(
                     f"`engram_families` holds {family}; each family is "
-                    '{"kind": "ngram", "order": int >= 1, "weight": float > 0}.'
+                    '{"kind": "ngram" or "sentence", "order": int >= 1, "weight": float > 0}.'
                 )
             order, weight = family["order"], family["weight"]
             if not (isinstance(order, int) and order >= 1 and isinstance(weight, int | float) and weight > 0):
@@ -137,7 +139,7 @@ class KarlaConfig(PreTrainedConfig):
             self._at_least("engram_max_rows", 1)
         periods = list(self.engram_update_periods)
         whole = all(isinstance(period, int) and period >= 1 for period in periods)
-        if not whole or periods[:1] != [1] or any(b <= a or b % a for a, b in zip(periods, periods[1:], strict=False)):
+        if not whole or periods[:1] != [1] or any(b <= a or b % a for a, b in pairwise(periods)):
             raise ValueError(
                 f"`engram_update_periods` is {periods}; give 1 first and then growing multiples, such as [1, 8, 64]."
             )

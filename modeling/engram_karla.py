@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants
 from .nested_karla import Clock, LevelSpec
-from .table_karla import EngramTable
+from .table_karla import EngramTable, spread
 
 
 logger = logging.get_logger(__name__)
@@ -76,13 +76,6 @@ class Level:
         """Rows that have a name."""
         return sum(table.num_owned for table in self.tables)
 
-    def read(self, names: np.ndarray) -> torch.Tensor:
-        """[N, width] float32: the row of every name [N] int64, zero where there is none."""
-        values = self.tables[0].read(names)
-        for table in self.tables[1:]:
-            values += table.read(names)
-        return values
-
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give every name a row unless it has one.
 
@@ -92,9 +85,7 @@ class Level:
         Returns:
             [N] bool; False for `NO_NAME`, and where `max_rows` leaves no place.
         """
-        kept = np.zeros(len(names), np.bool_)
-        for table in self.tables[:-1]:
-            kept |= table.find(names) >= 0
+        kept = self.has(names)
         kept[~kept] = self.tables[-1].claim(names[~kept])
         homeless = ~kept & (names != NO_NAME)
         while homeless.any() and self._open_table():
@@ -108,6 +99,13 @@ class Level:
                 )
             self.lost += len(np.unique(names[homeless]))
         return kept
+
+    def has(self, names: np.ndarray) -> np.ndarray:
+        """[N] bool: which of the names [N] int64 have a row."""
+        found = np.zeros(len(names), np.bool_)
+        for table in self.tables:
+            found |= table.find(names) >= 0
+        return found
 
     def _open_table(self) -> bool:
         rows = GROWTH * len(self.tables[-1])
@@ -168,9 +166,20 @@ class Pack:
         self.tokens = 0
 
     @property
+    def tables(self) -> list[EngramTable]:
+        """The tables of all levels."""
+        return [table for level in self.levels for table in level.tables]
+
+    @property
     def num_owned(self) -> int:
-        """Rows that have a name, over all levels."""
-        return sum(level.num_owned for level in self.levels)
+        """Names that have a row; one that several levels know counts once."""
+        total = self.levels[-1].num_owned
+        for k, level in enumerate(self.levels[:-1]):
+            names, _ = level.items()
+            for slower in self.levels[k + 1 :]:
+                names = names[~slower.has(names)]
+            total += len(names)
+        return total
 
     @property
     def num_lost(self) -> int:
@@ -179,16 +188,8 @@ class Pack:
 
     @property
     def load(self) -> float:
-        """Owned rows of all levels over the rows of the slowest."""
+        """Names that have a row over the rows of the slowest level."""
         return self.num_owned / self.levels[-1].num_rows
-
-    def read(self, names: np.ndarray) -> torch.Tensor:
-        """[N, width] float32: the sum of the levels' rows of every name [N] int64."""
-        values = self.levels[0].read(names)
-        for level in self.levels[1:]:
-            if level.num_owned:
-                values += level.read(names)
-        return values
 
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give names [N] int64 rows in the fastest level; returns [N] bool, which have one."""
@@ -223,7 +224,7 @@ class Engram:
         made_with: the backbone that it is written with.
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
-        coordinates: [F, width] int64, coordinates of the hidden state that each family owns.
+        starts: first coordinate of the hidden state that each family owns, of `layout.width` that wrap around at the end.
     """
 
     def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
@@ -234,8 +235,7 @@ class Engram:
         self.weights = torch.tensor([family.weight for family in families])
         self.packs: dict[str, Pack] = {}
         self.enabled = True
-        starts = torch.arange(len(families)) * layout.hidden_size // len(families)
-        self.coordinates = (starts[:, None] + torch.arange(layout.width)) % layout.hidden_size
+        self.starts = [family * layout.hidden_size // len(families) for family in range(len(families))]
 
     @property
     def hidden_size(self) -> int:
@@ -252,17 +252,16 @@ class Engram:
         """Whether a read can be other than zero."""
         return self.enabled and bool(self.packs)
 
-    def compress(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Compressed ids [B, T] int64 on the CPU, `NO_TOKEN` at masked positions.
+    @staticmethod
+    def history_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids [B, T] int64 on the CPU, `NO_TOKEN` at masked positions.
 
         Args:
             input_ids: [B, T] int64 token ids.
             attention_mask: [B, T], 0 at padding; all ones when None.
         """
-        compressed = self.constants.token_map[input_ids.cpu()]
-        if attention_mask is None:
-            return compressed
-        return compressed.masked_fill(attention_mask.cpu() == 0, NO_TOKEN)
+        ids = input_ids.cpu()
+        return ids if attention_mask is None else ids.masked_fill(attention_mask.cpu() == 0, NO_TOKEN)
 
     def open_pack(self, name: str) -> Pack:
         """The pack of that name, made empty when it does not exist."""
@@ -283,42 +282,41 @@ class Engram:
         Returns:
             [..., D] float32 on the CPU, sum over packs; each position depends on its own names only.
         """
-        if not self.active:
-            return torch.zeros(*names.shape[:-1], self.hidden_size)
-        flat = names.reshape(-1).numpy()
-        packs = iter(self.packs.values())
-        values = next(packs).read(flat)
-        for pack in packs:
-            values += pack.read(flat)
-        return self.scatter(values.view(-1, len(self.families), self.layout.width)).view(*names.shape[:-1], -1)
+        memory = torch.zeros(*names.shape[:-1], self.hidden_size)
+        if self.enabled:
+            state, flat = memory.view(-1, self.hidden_size), names.reshape(-1, len(self.families))
+            for pack in self.packs.values():
+                for table in pack.tables:
+                    table.add_rows_to(state, flat, self.starts)
+        return memory
 
     def scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [N, F, width] float32 at the families' coordinates, summed: [N, D]."""
-        memory = rows.new_zeros(len(rows), self.hidden_size)
-        for family, coordinates in enumerate(self.coordinates):
-            start = int(coordinates[0])
-            run = min(self.layout.width, self.hidden_size - start)
-            memory[:, start : start + run] += rows[:, family, :run]
-            memory[:, : self.layout.width - run] += rows[:, family, run:]
-        return memory
+        state = rows.new_zeros(len(rows), self.hidden_size)
+        spread(state, rows, self.starts)
+        return state
 
     def gather(self, states: torch.Tensor) -> torch.Tensor:
         """The families' coordinates of states [N, D]: [N, F, width]."""
         twice = torch.cat([states, states], dim=-1)
-        starts = self.coordinates[:, 0].tolist()
-        return torch.stack([twice[:, start : start + self.layout.width] for start in starts], dim=1)
+        return torch.stack([twice[:, start : start + self.layout.width] for start in self.starts], dim=1)
 
 
-def new_engram(config, token_map: torch.Tensor, pad_id: int) -> Engram:
+def new_engram(config, token_map: torch.Tensor, boundaries: torch.Tensor, pad_id: int) -> Engram:
     """An empty memory with constants drawn from the seed of a `KarlaConfig`.
 
     Args:
         config: the configuration.
         token_map: [V] int64 compressed ids, see `compress_vocabulary`.
+        boundaries: [V] uint8, see `sentence_boundaries`.
         pad_id: token id that stands for "no token" in a hash.
     """
-    families = [NgramFamily(family["order"], family["weight"]) for family in config.engram_families]
-    constants = name_constants(max(family.order for family in families), token_map, pad_id, config.engram_seed)
+    families = [
+        NgramFamily(family["order"], family["weight"], family["kind"] == "sentence")
+        for family in config.engram_families
+    ]
+    longest = max(family.order for family in families)
+    constants = name_constants(longest, token_map, boundaries, pad_id, config.engram_seed)
     layout = EngramLayout(
         hidden_size=config.text_config.hidden_size,
         width=config.engram_num_heads * config.engram_head_dim,

@@ -1,12 +1,13 @@
-"""Addresses of the Engram memory: compressed token ids, prime tables, multiplicative-XOR n-gram hashes.
+"""Names of what has just been read: compressed token ids, multiplicative-XOR n-gram hashes, 64 scrambled bits.
 
 The hash is the one of "Conditional Memory via Scalable Lookup" (Engram, https://arxiv.org/abs/2601.07372): the last `n`
-compressed token ids are multiplied by odd constants and XORed into one 63-bit `mix`; head `j` addresses row
-`mix mod M_{n,j}`, with a prime `M_{n,j}` of its own. All constants are drawn once, stored with the model as tensors and
-never derived again when a checkpoint is loaded.
+compressed token ids are multiplied by odd constants and XORed into one 63-bit `mix`. The memory scrambles it into a
+64-bit name, by which its rows are found exactly; the paper's own tables, with row `mix mod M_{n,j}` in the table of prime
+size `M_{n,j}` of head `j`, are there too (`hash_constants`, `row_addresses`). All constants are drawn once, stored with the
+model as tensors and never derived again when a checkpoint is loaded.
 
 A *family* is one way to name what has just been read. An n-gram family names it by its last `order` tokens. Every family
-offers `span` (how many tokens of history it needs, itself included) and `mix` (one 63-bit name per position).
+offers `span` (how many tokens of history it needs, itself included) and `mix` (one 63-bit number per position).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .native_karla import c_function, c_integers
+
 
 _MULTIPLIER_SEED_STRIDE = 10007
 _FAMILY_STRIDE = 0x1E3779B97F4A7C15  # odd, below 2^61: separates the families' mixes
@@ -25,6 +28,9 @@ _LONE_SPACE = "\ue000"
 _WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace() and char not in "\x1c\x1d\x1e\x1f")
 NO_TOKEN = -1
 NO_NAME = 0
+_FULL_STOPS, _CLOSING = (".", "?", "!", "。", "？", "！"), " \"')]}»”’"
+_WORD_MARKS = ("Ġ", "▁", " ")  # how tokenizers write a leading space
+ENDS, BREAKS, BEGINS = 1, 2, 4  # ends a sentence if a word begins next; ends it in any case; begins a word
 
 
 class HashConstants(NamedTuple):
@@ -56,11 +62,13 @@ class NameConstants(NamedTuple):
     Attributes:
         multipliers: [longest order] int64, odd; `multipliers[k]` belongs to the token `k` steps back.
         token_map: [V] int64, compressed id of every token id.
+        boundaries: [V] uint8, what every token says of sentences: a sum of `ENDS`, `BREAKS` and `BEGINS`.
         pad_id: compressed id that is hashed where there is no token (before the first, or at a masked position).
     """
 
     multipliers: torch.Tensor
     token_map: torch.Tensor
+    boundaries: torch.Tensor
     pad_id: int
 
 
@@ -70,10 +78,13 @@ class NgramFamily(NamedTuple):
     Attributes:
         order: number of tokens, >= 1.
         weight: share of a written correction that goes to this family, > 0.
+        sentence: whether what precedes the current sentence counts as absent, so that a sentence has the same names in a
+            paragraph and alone. A position has such a name once the sentence has half of `order` tokens.
     """
 
     order: int
     weight: float
+    sentence: bool = False
 
     @property
     def span(self) -> int:
@@ -126,6 +137,30 @@ def compress_vocabulary(tokenizer, vocab_size: int) -> torch.Tensor:
     return torch.tensor(mapped, dtype=torch.int64)
 
 
+def sentence_boundaries(tokenizer, vocab_size: int) -> torch.Tensor:
+    """What every token says of sentences: a sum of `ENDS`, `BREAKS` and `BEGINS`.
+
+    A token that ends in a full stop, a question mark or an exclamation mark, closing quotes aside, ends a sentence if the
+    next token begins a word (so "3.5" is whole); a line break and a special token end it in any case.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        vocab_size: rows of the model's embedding; ids beyond the tokenizer's say nothing.
+
+    Returns:
+        [vocab_size] uint8.
+    """
+    flags = torch.zeros(vocab_size, dtype=torch.uint8)
+    special = set(tokenizer.all_special_ids)
+    for token, raw in enumerate(tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))):
+        text = tokenizer.decode([token], skip_special_tokens=False)
+        ends = text.rstrip(_CLOSING).endswith(_FULL_STOPS)
+        breaks = token in special or "\n" in text
+        begins = breaks or raw[:1] in _WORD_MARKS or text[:1].isspace()
+        flags[token] = ENDS * ends + BREAKS * breaks + BEGINS * begins
+    return flags
+
+
 def _normalised(text: str) -> str:
     form = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     form = "".join(char.lower() for char in form if not unicodedata.category(char).startswith("M"))
@@ -170,21 +205,24 @@ def hash_constants(
     )
 
 
-def name_constants(longest: int, token_map: torch.Tensor, pad_id: int, seed: int) -> NameConstants:
+def name_constants(
+    longest: int, token_map: torch.Tensor, boundaries: torch.Tensor, pad_id: int, seed: int
+) -> NameConstants:
     """Draw the constants of a new memory; the multipliers are those of `hash_constants`.
 
     Args:
         longest: n of the longest n-gram.
         token_map: [V] int64, see `compress_vocabulary`.
+        boundaries: [V] uint8, see `sentence_boundaries`.
         pad_id: token id (not compressed) that stands for "no token".
         seed: seed of the multipliers.
 
     Example:
-        >>> name_constants(2, torch.arange(50), 0, seed=0).multipliers % 2
+        >>> name_constants(2, torch.arange(50), torch.zeros(50, dtype=torch.uint8), 0, seed=0).multipliers % 2
         tensor([1, 1])
     """
     multipliers = torch.from_numpy(_multipliers(longest, int(token_map.max()) + 1, seed))
-    return NameConstants(multipliers, token_map, int(token_map[pad_id]))
+    return NameConstants(multipliers, token_map, boundaries, int(token_map[pad_id]))
 
 
 def _multipliers(count: int, vocab_size: int, seed: int, layer: int = 0) -> np.ndarray:
@@ -210,25 +248,63 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
     that each half of it picks a bucket evenly and two families never share a name.
 
     Args:
-        history: [B, S - 1 + T] int64 compressed ids, `NO_TOKEN` where there is none; the first S - 1, with S the longest
-            span, are context only.
+        history: [B, S - 1 + T] int64 token ids, `NO_TOKEN` where there is none; the first S - 1, with S the longest span,
+            are context only.
         families: the F families.
         constants: see `NameConstants`.
 
     Returns:
-        [B, T, F] int64 names; `NO_NAME` where fewer tokens precede a position than the shortest family needs.
+        [B, T, F] int64 names; `NO_NAME` where fewer tokens precede a position than the shortest family needs, and for
+        a sentence family where fewer tokens of the sentence do than half of its order.
     """
-    spans = [family.span for family in families]
-    reach = max(spans)
+    reach = max(family.span for family in families)
+    shortest = min(family.span for family in families)
+    kernel = c_function("karla_name_positions", "piippppiippiup")
+    if kernel is not None:
+        history = history.contiguous()
+        names = torch.empty(len(history), history.shape[1] - reach + 1, len(families), dtype=torch.int64)
+        kernel(history.data_ptr(), *history.shape, constants.token_map.data_ptr(), constants.boundaries.data_ptr(),
+               constants.multipliers.data_ptr(), c_integers(*(family.order for family in families)), len(families),
+               reach, c_integers(*(family.sentence for family in families)), c_integers(shortest), constants.pad_id,
+               _FAMILY_STRIDE, names.data_ptr())  # fmt: skip
+        return names
     ids = history.numpy()
     missing = ids == NO_TOKEN
-    tokens = np.where(missing, constants.pad_id, ids)
-    newest_first = np.lib.stride_tricks.sliding_window_view(tokens, reach, axis=1)[:, :, ::-1]
-    mixes = np.bitwise_xor.accumulate(newest_first * constants.multipliers[:reach].numpy(), axis=-1)
-    names = scramble(mixes[:, :, [span - 1 for span in spans]] + np.arange(1, len(spans) + 1) * _FAMILY_STRIDE)
-    shortest = np.lib.stride_tricks.sliding_window_view(missing, min(spans), axis=1)[:, -names.shape[1] :]
-    names[shortest.any(-1)] = NO_NAME
+    tokens = np.where(missing, constants.pad_id, constants.token_map.numpy()[ids])
+    age = sentence_age(ids, constants.boundaries.numpy())[:, reach - 1 :]
+    lags = np.arange(reach)
+    backwards = np.lib.stride_tricks.sliding_window_view(tokens, reach, axis=1)[:, :, ::-1]
+    in_sentence = np.where(lags <= age[:, :, None], backwards, constants.pad_id)
+    multipliers = constants.multipliers[:reach].numpy()
+    mixes = {False: np.bitwise_xor.accumulate(backwards * multipliers, axis=-1),
+             True: np.bitwise_xor.accumulate(in_sentence * multipliers, axis=-1)}  # fmt: skip
+    unfilled = np.lib.stride_tricks.sliding_window_view(missing, shortest, axis=1)[:, -age.shape[1] :].any(-1)
+    names = np.empty((*age.shape, len(families)), np.int64)
+    strides = np.arange(1, len(families) + 1) * _FAMILY_STRIDE  # wraps around, as in C
+    for number, family in enumerate(families):
+        named = age + 1 >= family.order // 2 if family.sentence else ~unfilled
+        mix = mixes[family.sentence][:, :, family.order - 1]
+        names[:, :, number] = np.where(named, scramble(mix + strides[number]), NO_NAME)
     return torch.from_numpy(names)
+
+
+def sentence_age(ids: np.ndarray, boundaries: np.ndarray) -> np.ndarray:
+    """Tokens of the sentence before each token.
+
+    Args:
+        ids: [B, N] int64 token ids, `NO_TOKEN` where there is none.
+        boundaries: [V] uint8, see `sentence_boundaries`.
+
+    Returns:
+        [B, N] int64, 0 for the first token of a sentence; N where the sentence began before the first token.
+    """
+    flags = np.where(ids == NO_TOKEN, BREAKS, boundaries[ids])
+    begins = np.zeros(ids.shape, np.bool_)
+    before, here = flags[:, :-1], flags[:, 1:]
+    begins[:, 1:] = (before & BREAKS > 0) | (before & ENDS > 0) & (here & BEGINS > 0)
+    index = np.arange(ids.shape[1])
+    start = np.maximum.accumulate(np.where(begins, index, -1), axis=1)
+    return np.where(start < 0, ids.shape[1], index - start)
 
 
 def scramble(values: np.ndarray) -> np.ndarray:

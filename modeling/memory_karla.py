@@ -14,7 +14,7 @@ from .reading_karla import ReadReport, read_texts
 from .saving_karla import check_undamaged
 
 
-WINDOWS = {"closed": (32, 16), "open": (512, 256)}
+WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -51,9 +51,9 @@ class KarlaMemoryMixin:
             texts: one text or several; each is a document of its own. Nothing is read when one of them is refused.
             tokenizer: the tokenizer that the memory was made with.
             pack: name of the pack; made if new, written on if it exists.
-            context: what the backbone sees while reading. `"closed"`: windows of 32 tokens, so that whatever it would
-                not know without the text is stored. `"open"`: windows of 512, which stores only what surprises in
-                context, and reads faster.
+            context: what the backbone sees while reading. `"closed"`: each sentence alone, so that whatever it would not
+                know without the text is stored. `"open"`: windows of 512 tokens, which stores only what surprises in
+                context.
             sign: 1 to learn the texts; -1 to unlearn them, which makes them unlikely wherever their words stand in this
                 order.
             title: what the pack shall name as its sources, such as the names of files; one or several, or None.
@@ -75,7 +75,7 @@ class KarlaMemoryMixin:
             raise ValueError(f"context is {context!r}; give one of {sorted(WINDOWS)}.")
         self._check_tokenizer(tokenizer)
         encoded = self._encode([texts] if isinstance(texts, str) else list(texts), tokenizer)
-        window, stride = WINDOWS[context]
+        window, stride, least = WINDOWS[context]
         was_training = self.training
         self.eval()
         try:
@@ -87,6 +87,7 @@ class KarlaMemoryMixin:
                 *self.model.output_projection(),
                 window=window,
                 stride=stride,
+                least=least,
                 sign=sign,
                 progress=progress,
             )

@@ -23,7 +23,7 @@ from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
 from .engram_karla import new_engram
-from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions
+from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions, sentence_boundaries
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
     KarlaCausalLMOutput,
@@ -48,7 +48,8 @@ class KarlaModel(KarlaPreTrainedModel):
         self._lm_head: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule of this model
         self.ctm = KarlaHead(config)
         with torch.device("cpu"):  # also while the rest is built on the meta device
-            self.memory = new_engram(config, torch.arange(config.text_config.vocab_size), pad_id=0)
+            size = config.text_config.vocab_size
+            self.memory = new_engram(config, torch.arange(size), torch.zeros(size, dtype=torch.uint8), pad_id=0)
         self.memory_tokenizer: str | None = None
         if init_backbone:
             self.link(*split_backbone(AutoModelForCausalLM.from_config(config.text_config).requires_grad_(False)))
@@ -176,7 +177,7 @@ class KarlaModel(KarlaPreTrainedModel):
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         keys_values = self.ctm.memory(sources, positions)
         mask = None if attention_mask is None else attention_mask[:, -length:]
-        history = self.memory.compress(input_ids, mask)
+        history = self.memory.history_ids(input_ids, mask)
         if cache is not None:
             keys_values, history = self.cache_layer(cache, past).update(keys_values, history)
         valid = (history != NO_TOKEN).to(keys_values.device)
@@ -309,8 +310,9 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
     def use_tokenizer(self, tokenizer) -> None:
         """Make a new, empty memory whose token map comes from `tokenizer`."""
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        token_map = compress_vocabulary(tokenizer, self.config.text_config.vocab_size)
-        self.set_engram(new_engram(self.config, token_map, pad), tokenizer_hash(tokenizer))
+        size = self.config.text_config.vocab_size
+        maps = compress_vocabulary(tokenizer, size), sentence_boundaries(tokenizer, size)
+        self.set_engram(new_engram(self.config, *maps, pad), tokenizer_hash(tokenizer))
 
     def get_output_embeddings(self):
         """The backbone's frozen output layer."""

@@ -1,11 +1,12 @@
 """Reading: texts become windows, windows become hidden states, hidden states are written into a pack.
 
-Closed-book reading shows the backbone only short, overlapping windows, so that what is surprising is what the model would
-not know without the document. The n-gram history is never cut at a window: addresses always see the text as it stands.
+Closed-book reading shows the backbone each sentence alone, so that what is surprising is what the model would not know
+without the document, and a sentence is learned as it will be asked for. Addresses always see the text as it stands.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -14,8 +15,11 @@ import torch
 from transformers.utils import logging
 
 from .engram_karla import Engram, Pack
-from .hashing_karla import NO_TOKEN, name_positions
+from .hashing_karla import NO_TOKEN, name_positions, sentence_age
 from .writing_karla import write_chunk
+
+
+GROUP_BATCHES = 4  # batches whose windows are sorted by length together
 
 
 class ReadReport(NamedTuple):
@@ -62,15 +66,35 @@ class Window(NamedTuple):
     end: int
 
 
-def plan_windows(lengths: list[int], window: int, stride: int) -> list[Window]:
-    """Cover texts by overlapping windows so that every token but the last of a text is used exactly once.
+def sentence_starts(ids: torch.Tensor, boundaries: torch.Tensor, least: int) -> list[int]:
+    """Where the sentences of a text begin; a short one is joined with the next.
 
-    The first window of a text is used whole, every other for its last `stride` tokens.
+    Args:
+        ids: [N] int64 token ids.
+        boundaries: [V] uint8, see `sentence_boundaries`.
+        least: tokens from one start to the next.
+
+    Returns:
+        Ascending, 0 first.
+    """
+    starts = [0]
+    for start in (sentence_age(ids[None].numpy(), boundaries.numpy())[0] == 0).nonzero()[0].tolist():
+        if start - starts[-1] >= least:
+            starts.append(start)
+    return starts
+
+
+def plan_windows(lengths: list[int], window: int, stride: int, starts: list[list[int]] | None = None) -> list[Window]:
+    """Cover texts by windows so that every token but the last of a text is used exactly once.
+
+    The first window of a sentence is used whole, every other for its last `stride` tokens.
 
     Args:
         lengths: tokens of every text.
-        window: tokens shown at once, >= 2.
-        stride: tokens a window moves on by, 1 to `window`.
+        window: most tokens shown at once, >= 2.
+        stride: tokens that a window moves on by where a sentence is longer, 1 to `window`.
+        starts: of every text, the tokens at which a sentence begins, 0 first; windows do not look back beyond one. None
+            takes every text for one sentence.
 
     Returns:
         The windows, in reading order.
@@ -78,69 +102,119 @@ def plan_windows(lengths: list[int], window: int, stride: int) -> list[Window]:
     Example:
         >>> [tuple(w) for w in plan_windows([9], window=4, stride=2)]
         [(0, 0, 0, 4), (0, 2, 4, 6), (0, 4, 6, 8)]
+        >>> [tuple(w) for w in plan_windows([9], window=4, stride=2, starts=[[0, 3]])]
+        [(0, 0, 0, 3), (0, 3, 3, 7), (0, 4, 7, 8)]
     """
     windows = []
     for text, length in enumerate(lengths):
         usable = length - 1  # the last token has no successor
-        end = min(window, usable)
-        windows.append(Window(text, 0, 0, end))
-        while end < usable:
-            keep, end = end, min(end + stride, usable)
-            windows.append(Window(text, max(0, end - window), keep, end))
+        begins = [start for start in (starts[text] if starts else [0]) if start < usable]
+        for first, last in itertools.pairwise([*begins, usable]):
+            end = min(first + window, last)
+            windows.append(Window(text, first, first, end))
+            while end < last:
+                keep, end = end, min(end + stride, last)
+                windows.append(Window(text, max(first, end - window), keep, end))
     return windows
 
 
 class _Batch(NamedTuple):
+    """One call of the backbone."""
+
     input_ids: torch.Tensor  # [B, W]
     attention_mask: torch.Tensor  # [B, W]
     used: torch.Tensor  # [B, W] bool
-    targets: torch.Tensor  # [P]
+
+
+class _Group(NamedTuple):
+    """Windows that follow each other, in batches of like lengths so that little is padded."""
+
+    batches: list[_Batch]
+    order: torch.Tensor  # [P] which of the states that the batches give is that of each position
     names: torch.Tensor  # [P, F]
+    targets: torch.Tensor  # [P]
 
 
-def _batches(texts: list[torch.Tensor], windows: list[Window], engram: Engram, per_batch: int) -> Iterator[_Batch]:
+def _groups(
+    texts: list[torch.Tensor], windows: list[Window], engram: Engram, group_tokens: int, batch_tokens: int
+) -> Iterator[_Group]:
     named: dict[int, torch.Tensor] = {}
-    for first in range(0, len(windows), per_batch):
-        group = windows[first : first + per_batch]
-        width = max(w.end - w.start for w in group)
-        ids = torch.zeros(len(group), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        used = torch.zeros_like(ids, dtype=torch.bool)
-        targets, names = [], []
-        for row, w in enumerate(group):
+    at = 0
+    while at < len(windows):
+        first, shown = at, 0
+        while at < len(windows) and shown < group_tokens:
+            shown += windows[at].end - windows[at].start
+            at += 1
+        group = windows[first:at]
+        for w in group:
             if w.text not in named:
-                named = {w.text: _name_text(texts[w.text], engram)}
-            ids[row, : w.end - w.start] = texts[w.text][w.start : w.end]
-            mask[row, : w.end - w.start] = 1
-            used[row, w.keep - w.start : w.end - w.start] = True
-            targets.append(texts[w.text][w.keep + 1 : w.end + 1])
-            names.append(named[w.text][w.keep : w.end])
-        yield _Batch(ids, mask, used, torch.cat(targets), torch.cat(names))
+                named = {**{text: named[text] for text in named if text >= group[0].text},
+                         w.text: _name_text(texts[w.text], engram)}  # fmt: skip
+        by_length = sorted(range(len(group)), key=lambda i: group[i].end - group[i].start)
+        counts = [group[i].end - group[i].keep for i in by_length]
+        starts = dict(zip(by_length, itertools.accumulate(counts, initial=0), strict=False))
+        order = [torch.arange(starts[i], starts[i] + w.end - w.keep) for i, w in enumerate(group)]
+        yield _Group(
+            [_batch(texts, [group[i] for i in part]) for part in _parts(by_length, group, batch_tokens)],
+            torch.cat(order),
+            torch.cat([named[w.text][w.keep : w.end] for w in group]),
+            torch.cat([texts[w.text][w.keep + 1 : w.end + 1] for w in group]),
+        )
+
+
+def _parts(by_length: list[int], group: list[Window], batch_tokens: int) -> Iterator[list[int]]:
+    part: list[int] = []
+    for i in by_length:
+        if part and (len(part) + 1) * (group[i].end - group[i].start) > batch_tokens:
+            yield part
+            part = []
+        part.append(i)
+    yield part
+
+
+def _batch(texts: list[torch.Tensor], windows: list[Window]) -> _Batch:
+    ids = torch.zeros(len(windows), max(w.end - w.start for w in windows), dtype=torch.int64)
+    mask, used = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for row, w in enumerate(windows):
+        ids[row, : w.end - w.start] = texts[w.text][w.start : w.end]
+        mask[row, : w.end - w.start] = 1
+        used[row, w.keep - w.start : w.end - w.start] = True
+    return _Batch(ids, mask, used)
 
 
 def _name_text(ids: torch.Tensor, engram: Engram) -> torch.Tensor:
-    history = torch.nn.functional.pad(engram.compress(ids[None]), (engram.history, 0), value=NO_TOKEN)
+    history = torch.nn.functional.pad(engram.history_ids(ids[None]), (engram.history, 0), value=NO_TOKEN)
     return name_positions(history, engram.families, engram.constants)[0]
 
 
-def _chunks(
-    batches: Iterator[_Batch], hidden_states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Names [P, F], hidden states [P, D] and targets [P] in chunks of `size` positions, wherever the batches end."""
-    waiting: list[tuple[torch.Tensor, ...]] = []
-    for batch in batches:
-        states = hidden_states(batch.input_ids, batch.attention_mask)
-        fresh = (batch.names, states[batch.used.to(states.device)], batch.targets.to(states.device))
-        waiting = [tuple(map(torch.cat, zip(*waiting, fresh, strict=True)))] if waiting else [fresh]
-        names, states, targets = waiting.pop()
+_Positions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # names [P, F], hidden states [P, D], targets [P]
+
+
+def _positions(
+    groups: Iterator[_Group], hidden_states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Iterator[_Positions]:
+    """The positions of each group, in reading order."""
+    for group in groups:
+        states = []
+        for batch in group.batches:
+            shown = hidden_states(batch.input_ids, batch.attention_mask)
+            states.append(shown[batch.used.to(shown.device)])
+        in_order = torch.cat(states)[group.order.to(states[0].device)]
+        yield group.names, in_order, group.targets.to(in_order.device)
+
+
+def _chunks(positions: Iterator[_Positions], size: int) -> Iterator[_Positions]:
+    """The same in chunks of `size` positions, wherever the groups end."""
+    waiting: list[_Positions] = []
+    for fresh in positions:
+        waiting.append(fresh)
+        names, states, targets = map(torch.cat, zip(*waiting, strict=True))
         whole = len(targets) - len(targets) % size
         for at in range(0, whole, size):
             yield names[at : at + size], states[at : at + size], targets[at : at + size]
-        if whole < len(targets):
-            waiting = [(names[whole:], states[whole:], targets[whole:])]
-    if waiting:
-        names, states, targets = waiting.pop()
-        yield names, states, targets
+        waiting = [(names[whole:], states[whole:], targets[whole:])]
+    if waiting and len(waiting[0][2]):
+        yield waiting[0]
 
 
 def read_texts(
@@ -151,8 +225,9 @@ def read_texts(
     output_embeddings: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    window: int = 32,
-    stride: int = 16,
+    window: int = 64,
+    stride: int = 48,
+    least: int | None = 8,
     batch_tokens: int = 1024,
     sign: int = 1,
     progress: bool = True,
@@ -167,8 +242,9 @@ def read_texts(
             the memory.
         output_embeddings: [V, D] scaled rows of the output layer.
         bias: [V] of the output layer, or None.
-        window: tokens shown to the backbone at once.
+        window: most tokens shown to the backbone at once.
         stride: tokens a window moves on by.
+        least: tokens that a sentence has at least, each being shown alone; None shows texts without regard to sentences.
         batch_tokens: tokens per forward pass of the backbone.
         sign: 1 to learn the texts, -1 to unlearn them.
         progress: whether to show a progress bar.
@@ -178,13 +254,18 @@ def read_texts(
     """
     started = time.perf_counter()
     rows_before, lost_before = pack.num_owned, pack.num_lost
-    windows = plan_windows([len(text) for text in texts], window, stride)
+    starts = None if least is None else [sentence_starts(text, engram.constants.boundaries, least) for text in texts]
+    windows = plan_windows([len(text) for text in texts], window, stride, starts)
     tokens = sum(len(text) for text in texts)
     before, after, written = [], [], 0
-    batches = _batches(texts, windows, engram, max(1, batch_tokens // window))
+    mean = output_embeddings.mean(0)
+    groups = _groups(texts, windows, engram, GROUP_BATCHES * batch_tokens, batch_tokens)
+    positions = _positions(groups, hidden_states)
     with logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress) as bar:
-        for names, states, targets in _chunks(batches, hidden_states, engram.layout.chunk_size):
-            result = write_chunk(engram, pack, names, states, targets, output_embeddings, bias, sign=sign)
+        for names, states, targets in _chunks(positions, engram.layout.chunk_size):
+            result = write_chunk(
+                engram, pack, names, states, targets, output_embeddings, bias, sign=sign, mean_embedding=mean
+            )
             pack.tick()
             before.append(result.surprise_before)
             after.append(result.surprise_after)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .hashing_karla import NO_NAME
+from .native_karla import c_function, c_integers
 
 
 BUCKET = 8  # names of 8 bytes: a cache line
@@ -57,6 +58,7 @@ class EngramTable:
         self.files: list = []
         self.names, self.rows, self.num_owned = names, rows, num_owned
         self.dirty = _zeros((names.size,), np.bool_)
+        self._addresses = names.ctypes.data, rows.ctypes.data
 
     def __len__(self) -> int:
         return self.names.size
@@ -96,6 +98,23 @@ class EngramTable:
             if len(hits):
                 values[torch.from_numpy(hits)] = torch.from_numpy(self.rows[slots[hits]]).float()
         return values
+
+    def add_rows_to(self, state: torch.Tensor, names: torch.Tensor, starts: list[int]) -> None:
+        """Add the row of every name to a state, at the coordinates of its family.
+
+        Args:
+            state: [P, D] float32, contiguous; modified in place.
+            names: [P, F] int64, contiguous.
+            starts: first coordinate of each of the F families; a row's coordinates wrap around at D.
+        """
+        if not self.num_owned:
+            return
+        kernel = c_function("karla_add_rows", "piipipipip")
+        if kernel is None:
+            spread(state, self.read(names.numpy().reshape(-1)).view(*names.shape, self.width), starts)
+            return
+        kernel(names.data_ptr(), *names.shape, self._addresses[0], len(self.names), self._addresses[1], self.width,
+               c_integers(*starts), state.shape[1], state.data_ptr())  # fmt: skip
 
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give every name a row, zero at first, unless it has one; where both buckets are full, the first names win.
@@ -200,6 +219,15 @@ class EngramTable:
         """[N, 2] both buckets of every name: each half of its bits, scaled to the number of buckets."""
         halves = np.ascontiguousarray(names).view(np.uint32).reshape(-1, 2).astype(np.uint64)
         return ((halves * np.uint64(len(self.names))) >> np.uint64(32)).astype(np.int64)
+
+
+def spread(state: torch.Tensor, rows: torch.Tensor, starts: list[int]) -> None:
+    """Add rows [P, F, width] to a state [P, D], in place, each family's from its first coordinate on, around the end."""
+    width, hidden = rows.shape[-1], state.shape[1]
+    for family, start in enumerate(starts):
+        run = min(width, hidden - start)
+        state[:, start : start + run] += rows[:, family, :run]
+        state[:, : width - run] += rows[:, family, run:]
 
 
 def _zeros(shape: tuple[int, ...], dtype) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from .engram_karla import Engram, Pack
+from .native_karla import c_function, c_integers
 
 
 class WriteRule(NamedTuple):
@@ -77,6 +78,7 @@ def write_chunk(
     bias: torch.Tensor | None = None,
     rule: WriteRule = DEFAULT_RULE,
     sign: int = 1,
+    mean_embedding: torch.Tensor | None = None,
 ) -> WriteResult:
     """Write one chunk of positions: every read of the chunk sees the memory as it was before the chunk.
 
@@ -92,10 +94,13 @@ def write_chunk(
         bias: [V] of the output layer, or None.
         rule: constants of the write.
         sign: 1 to learn the targets, -1 to unlearn them.
+        mean_embedding: [D] mean of `output_embeddings`, where it is known already.
 
     Returns:
         Surprise before and after, and which positions were written.
     """
+    if mean_embedding is None:
+        mean_embedding = output_embeddings.mean(0)
     pending = torch.arange(len(targets))
     before = after = torch.empty(0)
     written = torch.zeros(len(targets), dtype=torch.bool)
@@ -111,7 +116,9 @@ def write_chunk(
         pending = pending[todo]
         if len(pending) == 0:
             break
-        problem = _Candidates.gather(logits[todo], total[todo], targets[pending], output_embeddings, rule.candidates)
+        problem = _Candidates.gather(
+            logits[todo], total[todo], targets[pending], output_embeddings, mean_embedding, rule.candidates
+        )
         named, log_odds = _correct(engram, pack, names[pending], problem, rule, sign)
         after[pending] = torch.nn.functional.softplus(-log_odds)
         written[pending[named]] = True
@@ -121,7 +128,7 @@ def write_chunk(
 def _correct(
     engram: Engram, pack: Pack, names: torch.Tensor, problem: _Candidates, rule: WriteRule, sign: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correct positions until they reach the target; returns which can be corrected, [P], and log-odds of y, [P].
+    """Correct each position until it reaches the target; returns which can be corrected, [P], and log-odds of y, [P].
 
     The corrections add up in `delta`, one row per distinct name, and reach the pack once, at the end.
     """
@@ -132,27 +139,73 @@ def _correct(
     owned = torch.from_numpy(kept)[place]  # [P, F]
     share = owned * engram.weights
     named = owned.any(-1)
-    gain = engram.scatter(share[..., None].expand(-1, -1, engram.layout.width))  # [P, D]
-    least = rule.least_separation * problem.embeddings[:, 0].square().sum(-1)
-    aim = sign * _logit(rule.target)
-    delta = torch.zeros(len(distinct), engram.layout.width)
-    moved = torch.zeros(len(names), engram.hidden_size)
-    direction, log_odds = problem.direction(moved)
-    for _ in range(rule.repeats):
-        todo = (named & (sign * (aim - log_odds) > 0)).nonzero()[:, 0]
-        if len(todo) == 0:
-            break
-        d = direction[todo]
-        margin = (aim + sign * rule.overshoot - log_odds[todo]).clamp(-rule.max_margin, rule.max_margin)
-        square = d.square()
-        strength = (gain[todo] * square).sum(-1)
-        strength = torch.maximum(strength, rule.least_coverage * square.sum(-1)).maximum(least[todo])
-        change = engram.gather(d * (margin / strength)[:, None]) * share[todo][..., None]  # [Q, F, width]
-        delta += _mean_by_row(change[owned[todo]], place[todo][owned[todo]], len(distinct))
-        moved = engram.scatter(delta[place] * owned[..., None])
-        direction, log_odds = problem.direction(moved)
+    delta, log_odds = _repeat(engram, problem, place, share, len(distinct), rule, sign)
     pack.add(distinct[kept], delta[torch.from_numpy(kept)])
     return named, log_odds
+
+
+def _repeat(
+    engram: Engram,
+    problem: _Candidates,
+    place: torch.Tensor,
+    share: torch.Tensor,
+    count: int,
+    rule: WriteRule,
+    sign: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The corrections of `count` distinct names, [count, width], and the log-odds of y after them, [P].
+
+    Args:
+        engram: the memory.
+        problem: of the P positions.
+        place: [P, F] int64, which distinct name each family has.
+        share: [P, F] float32, weight of each family, 0 where its name has no row.
+        count: number of distinct names.
+        rule: constants of the write.
+        sign: 1 or -1.
+    """
+    aim = sign * _logit(rule.target)
+    goal = aim + sign * rule.overshoot
+    active = (share > 0).any(-1)
+    kernel = c_function("karla_correct", "iiiiiipppppppp" + "ippppppp")
+    if kernel is not None:
+        return _repeat_in_c(kernel, engram, problem, place, share, count, rule, (aim, goal, sign), active.long())
+    delta = torch.zeros(count, engram.layout.width)
+    gain = engram.scatter(share[..., None].expand(-1, -1, engram.layout.width))  # [P, D]
+    least = rule.least_separation * problem.embeddings[:, 0].square().sum(-1)
+    direction, log_odds = problem.direction(torch.zeros(len(share), engram.hidden_size))
+    active = (active & (sign * (aim - log_odds) > 0)).nonzero()[:, 0]
+    problem, direction = problem.select(active), direction[active]
+    for _ in range(rule.repeats):
+        if len(active) == 0:
+            break
+        margin = (goal - log_odds[active]).clamp(-rule.max_margin, rule.max_margin)
+        square = direction.square()
+        strength = (gain[active] * square).sum(-1)
+        strength = torch.maximum(strength, rule.least_coverage * square.sum(-1)).maximum(least[active])
+        change = engram.gather(direction * (margin / strength)[:, None]) * share[active][..., None]  # [A, F, width]
+        delta += _mean_by_row(change.flatten(0, 1), place[active].flatten(), count)
+        direction, log_odds[active] = problem.direction(engram.scatter(delta[place[active]]))
+        still = sign * (aim - log_odds[active]) > 0
+        active, problem, direction = active[still], problem.select(still), direction[still]
+    return delta, log_odds
+
+
+def _repeat_in_c(kernel, engram, problem, place, share, count, rule, aims, active):
+    """`_repeat` in the C kernel, with the same sums in another order."""
+    positions, families = share.shape
+    candidates, hidden = problem.embeddings.shape[1:]
+    constants = torch.tensor([*aims[:2], rule.max_margin, rule.least_coverage, rule.least_separation, aims[2]])
+    logits = problem.logits.masked_fill(problem.duplicate, -torch.inf)
+    delta, log_odds = torch.zeros(count, engram.layout.width), torch.empty(positions)
+    scratch = torch.empty(2 * positions * hidden + candidates)
+    uses = torch.empty(count, dtype=torch.int64)
+    inputs = (problem.embeddings.contiguous(), logits, problem.rest, problem.mean_embedding, place, share, constants)
+    parts = scratch.split([positions * hidden, positions * hidden, candidates])
+    kernel(positions, families, count, candidates, hidden, engram.layout.width, c_integers(*engram.starts),
+           *(tensor.data_ptr() for tensor in inputs), rule.repeats, *(part.data_ptr() for part in parts),
+           uses.data_ptr(), active.data_ptr(), delta.data_ptr(), log_odds.data_ptr())  # fmt: skip
+    return delta, log_odds
 
 
 def _distinct(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +238,13 @@ class _Candidates(NamedTuple):
 
     @classmethod
     def gather(
-        cls, logits: torch.Tensor, total: torch.Tensor, targets: torch.Tensor, embeddings: torch.Tensor, count: int
+        cls,
+        logits: torch.Tensor,
+        total: torch.Tensor,
+        targets: torch.Tensor,
+        embeddings: torch.Tensor,
+        mean_embedding: torch.Tensor,
+        count: int,
     ) -> _Candidates:
         top = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
         index = torch.cat([targets[:, None], top], dim=-1)
@@ -199,8 +258,12 @@ class _Candidates(NamedTuple):
             embeddings[index].float().cpu(),
             duplicate.cpu(),
             rest.cpu(),
-            embeddings.mean(0).float().cpu(),
+            mean_embedding.float().cpu(),
         )
+
+    def select(self, index: torch.Tensor) -> _Candidates:
+        """The positions at `index`."""
+        return _Candidates(*(part[index] for part in self[:4]), self.mean_embedding)
 
     def direction(self, moved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """d = W_y - mean competitor, [P, D], and the log-odds of y, [P], after the memory has moved by [P, D]."""

@@ -52,22 +52,22 @@ def test_registered_operator_passes_opcheck():
 def test_without_a_compiler_there_is_a_log_line_and_no_kernel(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level("INFO", logger=kernel.__name__):
-        assert kernel.build(tmp_path) is None
+        assert kernel.build("engram", tmp_path) is None
     assert "No C compiler" in caplog.text
 
 
 def test_a_compiler_that_fails_is_logged(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CC", "false")
     with caplog.at_level("INFO", logger=kernel.__name__):
-        assert kernel.build(tmp_path) is None
+        assert kernel.build("engram", tmp_path) is None
     assert "cannot build" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_kernel
 def test_a_build_is_reused(tmp_path):
-    first = kernel.build(tmp_path)
+    first = kernel.build("engram", tmp_path)
     assert first is not None
-    assert kernel.build(tmp_path) == first
+    assert kernel.build("engram", tmp_path) == first
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
     assert karla_hf.kernel is kernel
