@@ -87,7 +87,7 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
     head = model.model.ctm
     frozen = list(_unique(module for part in _frozen(model) for module in part.modules()))
     engram = model.engram
-    tables = [table for pack in engram.packs.values() for level in pack.levels for table in level.tables]
+    tables = [table for pack in engram.packs.values() for table in pack.tables]
     values = sum(table.rows.size for table in tables)
     memory = sum(array.nbytes for table in tables for array in (table.names, table.rows, table.dirty))
     memory += _num_bytes(part for part in engram.constants if isinstance(part, torch.Tensor))

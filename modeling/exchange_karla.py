@@ -115,7 +115,8 @@ def _difference(engram: Engram, tokenizer_sha256: str | None, other: Engram, man
         and manifest["tokenizer_sha256"] != tokenizer_sha256
     ):
         return "another tokenizer"
-    if not torch.equal(ours.token_map, theirs.token_map) or ours.pad_id != theirs.pad_id:
+    maps = [(ours.token_map, theirs.token_map), (ours.boundaries, theirs.boundaries)]
+    if ours.pad_id != theirs.pad_id or not all(torch.equal(*pair) for pair in maps):
         return "another token map"
     if engram.families != other.families:
         return f"the families {[tuple(family) for family in other.families]} instead of {[tuple(family) for family in engram.families]}"
@@ -145,7 +146,7 @@ def merge_packs(engram: Engram, names: Sequence[str], into: str) -> Pack:
     if into in engram.packs and into not in packs:
         raise ValueError(f"There is a pack {into!r} already; merge it too, or give another name.")
     merged = engram.new_pack()
-    tables = [table for pack in packs.values() for level in pack.levels for table in level.tables]
+    tables = [table for pack in packs.values() for table in pack.tables]
     all_names = np.unique(np.concatenate([table.names[table.names != 0] for table in tables]))
     slowest = merged.levels[-1]
     for start in range(0, len(all_names), BLOCK):

@@ -28,7 +28,8 @@ TEMPORARY = ".saving-"
 ALIGNMENT = 64  # bytes; a bucket of names is a cache line
 CHECKED_BYTES = 256 << 20  # up to here a file's content is checked whenever it is opened
 LINKED_BYTES = 64 << 20  # from here on a file gets a second name instead of a copy
-_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8"),
+           "U8": np.dtype("u1")}  # fmt: skip
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}-[0-9a-f]{16}\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)

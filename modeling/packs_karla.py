@@ -116,9 +116,10 @@ def _load(path: Path, manifest: dict, find: Callable[[str], str | None]) -> Engr
         )
     try:
         t, _ = open_tensors(Path(place), stored)
-        tensors = {name: torch.from_numpy(t[name].copy()) for name in ("multipliers", "token_map")}
+        tensors = {name: torch.from_numpy(t[name].copy()) for name in ("multipliers", "token_map", "boundaries")}
         constants = NameConstants(**tensors, pad_id=int(t["pad_id"][0]))
-        families = [NgramFamily(*pair) for pair in zip(t["orders"].tolist(), t["weights"].tolist(), strict=True)]
+        columns = (t[name].tolist() for name in ("orders", "weights", "sentences"))
+        families = [NgramFamily(order, weight, bool(flag)) for order, weight, flag in zip(*columns, strict=True)]
     except (ValueError, KeyError) as error:
         raise OSError(f"{place} is damaged ({error}); restore it from a good copy.") from error
     layout = {**manifest["layout"], "update_periods": tuple(manifest["layout"]["update_periods"])}

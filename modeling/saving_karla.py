@@ -39,11 +39,7 @@ def check_undamaged(engram: Engram, name: str) -> None:
 
 def damaged_files(engram: Engram, pack: Pack) -> list[str]:
     """Names of a pack's files that could not be loaded."""
-    return [stored.file for table in _tables(pack) for stored in table.files if stored.file in engram.damaged]
-
-
-def _tables(pack: Pack) -> list[EngramTable]:
-    return [table for level in pack.levels for table in level.tables]
+    return [stored.file for table in pack.tables for stored in table.files if stored.file in engram.damaged]
 
 
 def save_folder(engram: Engram, folder: Path, tokenizer_sha256: str | None, *, remember: bool = True) -> None:
@@ -129,6 +125,8 @@ class _Saver:
             "pad_id": np.array([constants.pad_id]),
             "orders": np.array([family.order for family in families]),
             "weights": np.array([family.weight for family in families], np.float64),
+            "sentences": np.array([family.sentence for family in families], np.uint8),
+            "boundaries": constants.boundaries.numpy(),
         }
         if self.old is not None:
             old = stored_file(self.old["constants"])
@@ -140,9 +138,9 @@ class _Saver:
 
     def _pack(self, name: str, pack: Pack) -> dict:
         if damaged_files(self.engram, pack):
-            if any(table.dirty.any() for table in _tables(pack)):
+            if any(table.dirty.any() for table in pack.tables):
                 check_undamaged(self.engram, name)
-            for stored in (stored for table in _tables(pack) for stored in table.files):
+            for stored in (stored for table in pack.tables for stored in table.files):
                 if stored.file not in self.present:
                     self._bring(stored)
             return {**pack.stored, "name": name}

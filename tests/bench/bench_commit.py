@@ -26,7 +26,7 @@ def rows():
     random = np.random.default_rng(0)
     change = torch.ones(ROWS, WIDTH)
 
-    constants = name_constants(4, torch.arange(50_000), 0, seed=0)
+    constants = name_constants(4, torch.arange(50_000), torch.zeros(50_000, dtype=torch.uint8), 0, seed=0)
     engram = Engram(constants, [NgramFamily(4, 1.0)], EngramLayout(WIDTH, WIDTH, 64, (1,), TABLE))
     names = np.unique(random.integers(1, 2**62, TABLE // 2))
     pack = engram.open_pack("default")

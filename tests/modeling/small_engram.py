@@ -17,8 +17,9 @@ HIDDEN, VOCAB, WIDTH = 24, 50, 16
 def make_engram(packs=(), *, rows=64, periods=(1, 2, 4), width=WIDTH, hidden=HIDDEN, seed=3, token_map=None, **layout):
     """A memory; every pack it is given has been written to."""
     token_map = torch.arange(VOCAB) // 2 if token_map is None else token_map
-    constants = name_constants(3, token_map, pad_id=7, seed=seed)
-    families = [NgramFamily(2, 0.4), NgramFamily(3, 0.6)]
+    boundaries = (torch.arange(len(token_map)) % 5).to(torch.uint8)
+    constants = name_constants(3, token_map, boundaries, pad_id=7, seed=seed)
+    families = [NgramFamily(2, 0.4), NgramFamily(3, 0.6, sentence=True)]
     engram = Engram(constants, families, EngramLayout(hidden, width, 4, periods, rows, **layout))
     for number, pack in enumerate(packs):
         for step in range(5):

@@ -256,7 +256,9 @@ def test_manifest_tells_what_a_pack_is(tmp_path):
         assert file["file"].endswith(f"-{file['sha256'][:16]}.safetensors")
         assert os.path.getsize(tmp_path / "engram" / file["file"]) == file["size"]
     constants = load_file(tmp_path / "engram" / manifest["constants"]["file"])
-    assert set(constants) == {"multipliers", "token_map", "pad_id", "orders", "weights"}
+    assert set(constants) == {
+        "multipliers", "token_map", "pad_id", "orders", "weights", "sentences", "boundaries"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-9", "0", "x" * 64])
