@@ -1,6 +1,5 @@
 """What a Karla consists of, level by level, in parameters and measured bytes."""
 
-import inspect
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from transformers.utils import cached_file
 from karla_hf.modeling.backbone_karla import resolve_backbone
 from karla_hf.modeling.bitlinear_karla import BitLinear
 from karla_hf.modeling.engram_karla import Engram
+from karla_hf.modeling.manifest_karla import FOLDER, MANIFEST, files_of_pack, parse_manifest
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
-from karla_hf.modeling.packs_karla import FOLDER, MANIFEST
-from karla_hf.modeling.reading_karla import read_texts
+from karla_hf.modeling.saving_karla import damaged_files
 
 
 # The promise for Qwen2.5-1.5B in nf4, in bytes of RAM; L1 is what remains of the total.
@@ -55,15 +54,21 @@ class Pack:
 
     Attributes:
         name: its name.
-        rows: rows that belong to a name.
-        load: the same as a share of all rows, 0 to 1.
-        bytes_on_disk: size of its file; None if it has not been saved.
+        rows: rows that have a name.
+        load: the same as a share of the rows of its slowest level.
+        bytes_on_disk: size of its files; None if it has not been saved.
+        tokens: tokens read.
+        sources: titles of what was read.
+        damaged: its files that could not be loaded, and why.
     """
 
     name: str
     rows: int
     load: float
     bytes_on_disk: int | None
+    tokens: int
+    sources: list[str]
+    damaged: dict[str, str]
 
 
 def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Level]:
@@ -81,18 +86,18 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
     """
     head = model.model.ctm
     frozen = list(_unique(module for part in _frozen(model) for module in part.modules()))
-    engram, packs = model.engram, model.engram.packs.values()
-    values = sum(table.rows.numel() for table in packs)
-    tables = [tensor for table in packs for tensor in (table.rows, table.owners)]
-    constants = [tensor for tensor in engram.constants if isinstance(tensor, torch.Tensor)]
+    engram = model.engram
+    tables = [table for pack in engram.packs.values() for table in pack.tables]
+    values = sum(table.rows.size for table in tables)
+    memory = sum(array.nbytes for table in tables for array in (table.names, table.rows, table.dirty))
+    memory += _num_bytes(part for part in engram.constants if isinstance(part, torch.Tensor))
     disk = _checkpoint_bytes(Path(directory), model.own_prefixes)
     backbone_disk = disk["rest"] if model.config.backbone_included else _backbone_bytes(model.config)
-    chunk = inspect.signature(read_texts).parameters["chunk"].default
     levels = [
         Level("L0", "backbone", _num_parameters(frozen), _num_trainable(frozen), backbone_disk,
               _num_bytes(_tensors(frozen)), "never", BUDGET["L0"]),
         Level("L1", "memory", values, 0, disk["memory"],
-              _num_bytes([*tables, *constants, engram.coordinates]), f"every {chunk} tokens read", None),
+              memory, f"every {engram.layout.chunk_size} tokens read", None),
         Level("L2", "head", _num_parameters(head.modules()),
               _num_trainable(head.modules()), disk["head"], _num_bytes(_tensors(head.modules())),
               "every training step", BUDGET["L2"]),
@@ -112,11 +117,19 @@ def describe_packs(engram: Engram, directory: str | Path) -> list[Pack]:
         directory: the folder it was loaded from.
     """
     path = Path(directory, FOLDER, MANIFEST)
-    entries = json.loads(path.read_text(encoding="utf-8"))["packs"] if path.is_file() else []
-    sizes = {entry["name"]: (path.parent / entry["file"]).stat().st_size for entry in entries}
+    entries = parse_manifest(path, path.read_bytes())["packs"] if path.is_file() else []
+    sizes = {entry["name"]: sum({file.file: file.size for file in files_of_pack(entry)}.values()) for entry in entries}
     return [
-        Pack(name, table.num_owned, table.num_owned / len(table.owners), sizes.get(name))
-        for name, table in engram.packs.items()
+        Pack(
+            name=name,
+            rows=pack.num_owned,
+            load=pack.load,
+            bytes_on_disk=sizes.get(name),
+            tokens=pack.tokens,
+            sources=list(pack.sources),
+            damaged={file: engram.damaged[file] for file in damaged_files(engram, pack)},
+        )
+        for name, pack in engram.packs.items()
     ]
 
 

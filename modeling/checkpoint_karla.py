@@ -147,8 +147,23 @@ class KarlaCheckpointMixin:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
     def save_memory(self, save_directory) -> None:
-        """Save the packs alone, in the folder `engram` of a checkpoint. Raises OSError if it cannot be written."""
+        """Save what has changed of the packs alone, in the folder `engram` of a checkpoint.
+
+        Raises:
+            OSError: if it cannot be written, or another process writes there or has done so since the memory was loaded.
+        """
+        self._describe_backbone()
         save_engram(self.engram, save_directory, self.tokenizer_sha256)
+
+    def _describe_backbone(self) -> None:
+        """Let the memory know what it is written with, for its manifest."""
+        config = self.config
+        self.engram.made_with = {
+            "backbone": config.base_model_name_or_path,
+            "revision": config.base_model_revision,
+            "source": config.base_model_source,
+            "seed": config.engram_seed,
+        }
 
     def _own_state(self, state_dict: dict[str, torch.Tensor] | None, include_backbone: bool):
         if include_backbone:

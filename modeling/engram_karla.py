@@ -13,6 +13,7 @@ parameters nor buffers: `.to()`, quantisers, DDP and `state_dict` never touch th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -148,6 +149,7 @@ class Pack:
     Attributes:
         levels: the fastest first.
         clock: counts chunks.
+        stored: what the manifest says of it if it was loaded; "made_with" is the backbone that it was made with.
         sources: titles of what was read, in the order of reading.
         tokens: tokens read.
     """
@@ -159,6 +161,7 @@ class Pack:
         sizes = [2 * period * layout.chunk_size * num_families for period in layout.update_periods[1:]]
         self.levels = [Level(size, layout.width) for size in sizes]
         self.levels.append(Level(layout.num_rows, layout.width, layout.max_rows))
+        self.stored: dict = {}
         self.sources: list[str] = []
         self.tokens = 0
 
@@ -216,6 +219,9 @@ class Engram:
         layout: the sizes.
 
     Attributes:
+        damaged: files of the memory that could not be loaded, and why.
+        saved: folders that hold the memory as it was loaded or saved there, with the hash of their manifests.
+        made_with: the backbone that it is written with.
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
         starts: first coordinate of the hidden state that each family owns, of `layout.width` that wrap around at the end.
@@ -223,6 +229,9 @@ class Engram:
 
     def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
         self.constants, self.families, self.layout = constants, families, layout
+        self.damaged: dict[str, str] = {}
+        self.saved: dict[Path, str] = {}
+        self.made_with: dict = {}
         self.weights = torch.tensor([family.weight for family in families])
         self.packs: dict[str, Pack] = {}
         self.enabled = True
