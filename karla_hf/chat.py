@@ -103,7 +103,7 @@ class ChatSession:
         return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, stopped)
 
     def read(self, path: str | Path) -> ReadReport:
-        """Read a file into the pack "default" and save the memory; Ctrl-C leaves the memory as it was.
+        """Read a file into the pack "default" and save the memory; Ctrl-C, or a failure to save, leaves it as it was.
 
         Raises:
             OSError: if the file cannot be read, or the memory not saved.
@@ -111,11 +111,11 @@ class ChatSession:
         """
         text = read_text(path)
         try:
-            report = self.model.read(text, self.tokenizer)
-        except KeyboardInterrupt:
+            report = self.model.read(text, self.tokenizer, title=Path(path).name)
+            self.model.save_memory(self.directory)
+        except (KeyboardInterrupt, OSError):
             self.model.set_engram(*load_memory(self.directory))
             raise
-        self.model.save_memory(self.directory)
         return report
 
     def forget(self, pack: str) -> None:

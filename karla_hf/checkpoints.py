@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from karla_hf.backbones import load_tokenizer
 from karla_hf.modeling.configuration_karla import KarlaConfig, check_config_keys
 from karla_hf.modeling.engram_karla import Engram
+from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.memory_karla import tokenizer_hash
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
-from karla_hf.modeling.packs_karla import load_engram
+from karla_hf.modeling.packs_karla import FOLDER, load_engram
 
 
 def create_checkpoint(
@@ -125,6 +127,18 @@ def load_memory(directory: str | Path) -> tuple[Engram, str | None]:
     if loaded is None:
         raise OSError(f"{directory} has no engram/manifest.json, so it has no memory; restore it from a good copy.")
     return loaded
+
+
+@contextmanager
+def writing(directory: str | Path) -> Iterator[None]:
+    """Be the only one who changes the memory of a Karla, from loading it to saving it.
+
+    Raises:
+        OSError: if this is no Karla, or another process is writing to its memory.
+    """
+    check_checkpoint(directory)
+    with lock_folder(Path(directory, FOLDER)):
+        yield
 
 
 def check_checkpoint(directory: str | Path) -> None:

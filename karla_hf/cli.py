@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from karla_hf.errors import as_sentence
+from karla_hf.options import Checkpoint, JsonFile, TextFiles
+from karla_hf.pack_cli import pack as pack_app
 
 
 class SentenceGroup(TyperGroup):
@@ -53,25 +55,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _check_json_file(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be made before anything is measured for it."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise typer.BadParameter(f"{path} cannot be written; give a file in a folder that exists.")
-    return path
-
-
-Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a Karla.", show_default=False)]
-TextFiles = Annotated[list[Path], typer.Argument(metavar="FILE", help="UTF-8 text files.", show_default=False)]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        metavar="FILE",
-        help="Write the numbers to FILE too.",
-        callback=_check_json_file,
-        show_default=False,
-    ),
-]
 MAKE, MEMORY, MEASURE, TRAIN = "Make and look", "Memory", "Measure", "Train"
 
 
@@ -177,12 +160,28 @@ def read(
 @app.command(rich_help_panel=MEMORY)
 def forget(
     directory: Checkpoint,
-    pack: Annotated[str, typer.Argument(metavar="PACK", help="Pack to remove.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[PACK]", help="Pack to remove, or to unlearn in.", show_default=False)
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--text", metavar="FILE", help="UTF-8 text file to unlearn; may be repeated.", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """Remove a pack from the memory; the others keep what they hold."""
+    """Remove a pack from the memory; the others keep what they hold.
+
+    With --text, unlearn texts instead: they become unlikely again.
+    """
     from karla_hf import commands
 
-    commands.forget_pack(directory, pack)
+    if texts:
+        commands.forget_texts(directory, texts, pack=name or "default")
+    elif name is None:
+        raise typer.BadParameter("Name the pack to remove, or the texts to unlearn with --text FILE.")
+    else:
+        commands.forget_pack(directory, name)
 
 
 @app.command(rich_help_panel=MEMORY)
@@ -229,6 +228,7 @@ def perplexity(
     commands.measure_perplexity(directory, files, max_tokens, json_file)
 
 
+app.add_typer(pack_app, name="pack", rich_help_panel=MEMORY)
 app.add_typer(evaluate, name="eval", rich_help_panel=MEASURE)
 
 

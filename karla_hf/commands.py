@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from karla_hf.chat import ChatSession
-from karla_hf.checkpoints import create_checkpoint, load_checkpoint, load_memory
+from karla_hf.checkpoints import check_checkpoint, create_checkpoint, load_checkpoint, load_memory, writing
 from karla_hf.documents import read_text
 from karla_hf.evaluation import RecallResult, context_tokens, exact_recall, perplexity, without_and_with_memory
 from karla_hf.facts import read_facts
 from karla_hf.info import Level, describe_levels, describe_packs
-from karla_hf.modeling.packs_karla import check_pack_name, save_engram
+from karla_hf.modeling.exchange_karla import export_pack, find_pack, import_pack, merge_packs, verify_engram
+from karla_hf.modeling.manifest_karla import check_pack_name
+from karla_hf.modeling.packs_karla import save_engram
 from karla_hf.report import format_bytes, format_count, new_console, new_table, write_json
 from karla_hf.terminal import run_chat
 
@@ -80,9 +82,10 @@ def read_files(
     texts = [read_text(path) for path in files]
     if by_line:
         texts = [line.strip() for text in texts for line in text.split("\n") if line.strip()]
-    model, tokenizer = load_checkpoint(directory)
-    report = model.read(texts, tokenizer, pack=pack, context=context)
-    model.save_memory(directory)
+    with writing(directory):
+        model, tokenizer = load_checkpoint(directory)
+        report = model.read(texts, tokenizer, pack=pack, context=context, title=[path.name for path in files])
+        model.save_memory(directory)
     table = new_table(["read", ""])
     table.add_row("texts", f"{report.texts:,}")
     table.add_row("tokens", f"{report.tokens:,}")
@@ -99,13 +102,67 @@ def read_files(
 
 def forget_pack(directory: Path, pack: str) -> None:
     """Remove a pack; see `karla forget`. The backbone is not loaded."""
-    engram, tokenizer_sha256 = load_memory(directory)
-    if pack not in engram.packs:
-        known = ", ".join(sorted(engram.packs)) or "none"
-        raise KeyError(f"There is no pack {pack!r} in {directory}; its packs: {known}.")
-    rows = engram.packs.pop(pack).num_owned
-    save_engram(engram, directory, tokenizer_sha256)
+    with writing(directory):
+        engram, tokenizer_sha256 = load_memory(directory)
+        rows = find_pack(engram, pack).num_owned
+        del engram.packs[pack]
+        save_engram(engram, directory, tokenizer_sha256)
     new_console().print(f"Forgot pack {pack!r} with {rows:,} rows.", markup=False)
+
+
+def forget_texts(directory: Path, files: Sequence[Path], *, pack: str) -> None:
+    """Unlearn files; see `karla forget --text`."""
+    texts = [read_text(path) for path in files]
+    with writing(directory):
+        model, tokenizer = load_checkpoint(directory)
+        find_pack(model.engram, pack)
+        report = model.read(texts, tokenizer, pack=pack, sign=-1)
+        model.save_memory(directory)
+    new_console().print(
+        f"Unlearned {report.tokens:,} tokens in pack {pack!r}: surprise {report.surprise_before:.3f} before, "
+        f"{report.surprise_after:.3f} nats per token after.",
+        markup=False,
+    )
+
+
+def export_one(directory: Path, pack: str, folder: Path) -> None:
+    """Write a pack to a folder of its own; see `karla pack export`."""
+    engram, tokenizer_sha256 = load_memory(directory)
+    export_pack(engram, pack, folder, tokenizer_sha256)
+    new_console().print(
+        f"Exported pack {pack!r} with {engram.packs[pack].num_owned:,} rows to {folder}.", markup=False
+    )
+
+
+def import_one(directory: Path, folder: Path, name: str | None) -> None:
+    """Add an exported pack; see `karla pack import`."""
+    with writing(directory):
+        engram, tokenizer_sha256 = load_memory(directory)
+        name = import_pack(engram, folder, name, tokenizer_sha256)
+        save_engram(engram, directory, tokenizer_sha256)
+    new_console().print(f"Imported pack {name!r} with {engram.packs[name].num_owned:,} rows.", markup=False)
+
+
+def merge(directory: Path, names: Sequence[str], into: str) -> None:
+    """Make one pack of several; see `karla pack merge`."""
+    with writing(directory):
+        engram, tokenizer_sha256 = load_memory(directory)
+        merged = merge_packs(engram, names, into)
+        save_engram(engram, directory, tokenizer_sha256)
+    new_console().print(f"Merged {len(set(names))} packs into {into!r} with {merged.num_owned:,} rows.", markup=False)
+
+
+def verify(directory: Path, json_file: Path | None) -> None:
+    """Check every file of a memory; see `karla pack verify`."""
+    check_checkpoint(directory)
+    damaged = verify_engram(directory)
+    write_json(json_file, {"damaged": damaged})
+    if damaged:
+        listed = "; ".join(f"{file}: {reason}" for file, reason in damaged.items())
+        raise OSError(
+            f"The memory in {directory} is damaged ({listed}); restore the files from a good copy, or forget their packs."
+        )
+    new_console().print(f"Every file of the memory in {directory} is what was written.", markup=False)
 
 
 def show_packs(directory: Path, json_file: Path | None) -> None:
@@ -163,9 +220,10 @@ def _budget(level: Level) -> str:
 
 
 def _print_packs(packs: Sequence) -> None:
-    table = new_table(["pack", "rows", "load", "on disk"])
+    table = new_table(["pack", "sources", "rows", "tokens", "load", "on disk", "damaged files"], text_columns=2)
     for pack in packs:
-        table.add_row(pack.name, f"{pack.rows:,}", f"{pack.load:.2%}", format_bytes(pack.bytes_on_disk))
+        table.add_row(pack.name, ", ".join(pack.sources), f"{pack.rows:,}", f"{pack.tokens:,}", f"{pack.load:.2%}",
+                      format_bytes(pack.bytes_on_disk), str(len(pack.damaged)) if pack.damaged else "")  # fmt: skip
     new_console().print(table)
 
 

@@ -1,6 +1,5 @@
 """What a Karla consists of, level by level, in parameters and measured bytes."""
 
-import inspect
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from transformers.utils import cached_file
 from karla_hf.modeling.backbone_karla import resolve_backbone
 from karla_hf.modeling.bitlinear_karla import BitLinear
 from karla_hf.modeling.engram_karla import Engram
+from karla_hf.modeling.manifest_karla import FOLDER, MANIFEST, files_of_pack, parse_manifest
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
-from karla_hf.modeling.packs_karla import FOLDER, MANIFEST
-from karla_hf.modeling.reading_karla import read_texts
+from karla_hf.modeling.saving_karla import damaged_files
 
 
 # The promise for Qwen2.5-1.5B in nf4, in bytes of RAM; L1 is what remains of the total.
@@ -29,7 +28,7 @@ class Level:
 
     Attributes:
         name: "L0", "L1", "L2" or "total".
-        what: "backbone", "memory", "head", or nothing.
+        what: "backbone", "memory", "trained rows", "head", or nothing.
         parameters: numbers it holds; of a quantised or packed layer, those it stands for.
         trainable: how many of them a trainer changes.
         bytes_on_disk: size of its files; None if they are not on this machine.
@@ -55,15 +54,21 @@ class Pack:
 
     Attributes:
         name: its name.
-        rows: rows that belong to a name.
-        load: the same as a share of all rows, 0 to 1.
-        bytes_on_disk: size of its file; None if it has not been saved.
+        rows: rows that have a name.
+        load: the same as a share of the rows of its slowest level.
+        bytes_on_disk: size of its files; None if it has not been saved.
+        tokens: tokens read.
+        sources: titles of what was read.
+        damaged: its files that could not be loaded, and why.
     """
 
     name: str
     rows: int
     load: float
     bytes_on_disk: int | None
+    tokens: int
+    sources: list[str]
+    damaged: dict[str, str]
 
 
 def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Level]:
@@ -74,29 +79,33 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
         directory: the folder it was loaded from.
 
     Returns:
-        L0, L1, L2 and their total.
+        L0, L1 (and the trained rows, if there are any), L2 and their total.
 
     Raises:
         OSError: if a file of the checkpoint cannot be read.
     """
     head = model.model.ctm
     frozen = list(_unique(module for part in _frozen(model) for module in part.modules()))
-    engram, packs = model.engram, model.engram.packs.values()
-    values = sum(table.rows.numel() for table in packs)
-    tables = [tensor for table in packs for tensor in (table.rows, table.owners)]
-    constants = [tensor for tensor in engram.constants if isinstance(tensor, torch.Tensor)]
-    disk = _checkpoint_bytes(Path(directory), model.head_prefix)
+    engram = model.engram
+    tables = [table for pack in engram.packs.values() for table in pack.tables]
+    values = sum(table.rows.size for table in tables)
+    memory = sum(array.nbytes for table in tables for array in (table.names, table.rows, table.dirty))
+    memory += _num_bytes(part for part in engram.constants if isinstance(part, torch.Tensor))
+    disk = _checkpoint_bytes(Path(directory), model.own_prefixes)
     backbone_disk = disk["rest"] if model.config.backbone_included else _backbone_bytes(model.config)
-    chunk = inspect.signature(read_texts).parameters["chunk"].default
     levels = [
         Level("L0", "backbone", _num_parameters(frozen), _num_trainable(frozen), backbone_disk,
               _num_bytes(_tensors(frozen)), "never", BUDGET["L0"]),
         Level("L1", "memory", values, 0, disk["memory"],
-              _num_bytes([*tables, *constants, engram.coordinates]), f"every {chunk} tokens read", None),
+              memory, f"every {engram.layout.chunk_size} tokens read", None),
         Level("L2", "head", _num_parameters(head.modules()),
               _num_trainable(head.modules()), disk["head"], _num_bytes(_tensors(head.modules())),
               "every training step", BUDGET["L2"]),
     ]  # fmt: skip
+    if model.model.layer_engram is not None:
+        rows = list(model.model.layer_engram.modules())
+        levels.insert(2, Level("L1", "trained rows", _num_parameters(rows), _num_trainable(rows), disk["rows"],
+                               _num_bytes(_tensors(rows)), "every training step", None))  # fmt: skip
     return [*levels, _total(levels)]
 
 
@@ -108,11 +117,19 @@ def describe_packs(engram: Engram, directory: str | Path) -> list[Pack]:
         directory: the folder it was loaded from.
     """
     path = Path(directory, FOLDER, MANIFEST)
-    entries = json.loads(path.read_text(encoding="utf-8"))["packs"] if path.is_file() else []
-    sizes = {entry["name"]: (path.parent / entry["file"]).stat().st_size for entry in entries}
+    entries = parse_manifest(path, path.read_bytes())["packs"] if path.is_file() else []
+    sizes = {entry["name"]: sum({file.file: file.size for file in files_of_pack(entry)}.values()) for entry in entries}
     return [
-        Pack(name, table.num_owned, table.num_owned / len(table.owners), sizes.get(name))
-        for name, table in engram.packs.items()
+        Pack(
+            name=name,
+            rows=pack.num_owned,
+            load=pack.load,
+            bytes_on_disk=sizes.get(name),
+            tokens=pack.tokens,
+            sources=list(pack.sources),
+            damaged={file: engram.damaged[file] for file in damaged_files(engram, pack)},
+        )
+        for name, pack in engram.packs.items()
     ]
 
 
@@ -182,16 +199,18 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _checkpoint_bytes(directory: Path, head_prefix: str) -> dict[str, int]:
-    """Bytes of the head's tensors, of the other tensors, and of the memory's files in a checkpoint."""
-    sizes = {"head": 0, "rest": 0, "memory": 0}
+def _checkpoint_bytes(directory: Path, prefixes: tuple[str, ...]) -> dict[str, int]:
+    """Bytes of the head's tensors, of trained rows, of the other tensors, and of the memory's files in a checkpoint."""
+    sizes = {"head": 0, "rows": 0, "rest": 0, "memory": 0}
+    parts = dict(zip(prefixes, ("head", "rows"), strict=False))
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:  # a safetensors file begins with the length of its JSON header
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                sizes["head" if name.startswith(head_prefix) else "rest"] += end - start
+                part = next((part for prefix, part in parts.items() if name.startswith(prefix)), "rest")
+                sizes[part] += end - start
     sizes["memory"] = sum(path.stat().st_size for path in (directory / FOLDER).glob("*") if path.is_file())
     return sizes
 

@@ -36,7 +36,7 @@ class KarlaCheckpointMixin:
 
         Raises:
             OSError: if a file is missing or damaged, or the backbone is found nowhere.
-            ValueError: if memory and backbone do not fit each other.
+            ValueError: if memory and backbone do not fit each other, or trained rows are asked for that are not there.
         """
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
@@ -69,6 +69,14 @@ class KarlaCheckpointMixin:
                 karla._lm_head[0].weight = karla.get_input_embeddings().weight
             for module in (karla.backbone, *karla._lm_head):
                 module.requires_grad_(False).eval()
+        engram = model.karla_model.layer_engram
+        if engram is not None:
+            if any("layer_engram." in name for name in info["missing_keys"]):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has no trained rows as engram_layer_ids asks for; load it without, or "
+                    "make a new Karla with them."
+                )
+            torch.nn.Embedding._apply(engram.rows, torch.Tensor.cpu)  # device_map may have put the rows elsewhere
         find = functools.partial(_find, str(pretrained_model_name_or_path), hub)
         loaded = load_engram(find, config.text_config.hidden_size, config.text_config.vocab_size)
         if loaded is not None:
@@ -139,16 +147,34 @@ class KarlaCheckpointMixin:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
     def save_memory(self, save_directory) -> None:
-        """Save the packs alone, in the folder `engram` of a checkpoint. Raises OSError if it cannot be written."""
+        """Save what has changed of the packs alone, in the folder `engram` of a checkpoint.
+
+        Raises:
+            OSError: if it cannot be written, or another process writes there or has done so since the memory was loaded.
+        """
+        self._describe_backbone()
         save_engram(self.engram, save_directory, self.tokenizer_sha256)
+
+    def _describe_backbone(self) -> None:
+        """Let the memory know what it is written with, for its manifest."""
+        config = self.config
+        self.engram.made_with = {
+            "backbone": config.base_model_name_or_path,
+            "revision": config.base_model_revision,
+            "source": config.base_model_source,
+            "seed": config.engram_seed,
+        }
 
     def _own_state(self, state_dict: dict[str, torch.Tensor] | None, include_backbone: bool):
         if include_backbone:
             return state_dict
-        if state_dict is None:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
-            prefix = self.head_prefix
-            return self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
-        return {name: tensor for name, tensor in state_dict.items() if name.startswith(self.head_prefix)}
+        prefixes = self.own_prefixes
+        if state_dict is not None:
+            return {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
+        own: dict[str, torch.Tensor] = {}
+        for prefix in prefixes:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
+            own |= self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
+        return own
 
 
 def _find(checkpoint: str, hub: dict, name: str) -> str | None:

@@ -13,6 +13,7 @@ parameters nor buffers: `.to()`, quantisers, DDP and `state_dict` never touch th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -86,9 +87,7 @@ class Level:
         Returns:
             [N] bool; False for `NO_NAME`, and where `max_rows` leaves no place.
         """
-        kept = np.zeros(len(names), np.bool_)
-        for table in self.tables[:-1]:
-            kept |= table.find(names) >= 0
+        kept = self.has(names)
         kept[~kept] = self.tables[-1].claim(names[~kept])
         homeless = ~kept & (names != NO_NAME)
         while homeless.any() and self._open_table():
@@ -102,6 +101,13 @@ class Level:
                 )
             self.lost += len(np.unique(names[homeless]))
         return kept
+
+    def has(self, names: np.ndarray) -> np.ndarray:
+        """[N] bool: which of the names [N] int64 have a row."""
+        found = np.zeros(len(names), np.bool_)
+        for table in self.tables:
+            found |= table.find(names) >= 0
+        return found
 
     def _open_table(self) -> bool:
         rows = GROWTH * len(self.tables[-1])
@@ -145,6 +151,7 @@ class Pack:
     Attributes:
         levels: the fastest first.
         clock: counts chunks.
+        stored: what the manifest says of it if it was loaded; "made_with" is the backbone that it was made with.
         sources: titles of what was read, in the order of reading.
         tokens: tokens read.
     """
@@ -156,6 +163,7 @@ class Pack:
         sizes = [2 * period * layout.chunk_size * num_families for period in layout.update_periods[1:]]
         self.levels = [Level(size, layout.width) for size in sizes]
         self.levels.append(Level(layout.num_rows, layout.width, layout.max_rows))
+        self.stored: dict = {}
         self.sources: list[str] = []
         self.tokens = 0
 
@@ -166,8 +174,14 @@ class Pack:
 
     @property
     def num_owned(self) -> int:
-        """Rows that have a name, over all levels."""
-        return sum(level.num_owned for level in self.levels)
+        """Names that have a row; one that several levels know counts once."""
+        total = self.levels[-1].num_owned
+        for k, level in enumerate(self.levels[:-1]):
+            names, _ = level.items()
+            for slower in self.levels[k + 1 :]:
+                names = names[~slower.has(names)]
+            total += len(names)
+        return total
 
     @property
     def num_lost(self) -> int:
@@ -176,7 +190,7 @@ class Pack:
 
     @property
     def load(self) -> float:
-        """Owned rows of all levels over the rows of the slowest."""
+        """Names that have a row over the rows of the slowest level."""
         return self.num_owned / self.levels[-1].num_rows
 
     def read(self, names: np.ndarray) -> torch.Tensor:
@@ -219,6 +233,9 @@ class Engram:
         layout: the sizes.
 
     Attributes:
+        damaged: files of the memory that could not be loaded, and why.
+        saved: folders that hold the memory as it was loaded or saved there, with the hash of their manifests.
+        made_with: the backbone that it is written with.
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
         lexicon: what tokens look like, which cues need; None where that is not known, and then there are no cues.
@@ -227,6 +244,9 @@ class Engram:
 
     def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
         self.constants, self.families, self.layout = constants, families, layout
+        self.damaged: dict[str, str] = {}
+        self.saved: dict[Path, str] = {}
+        self.made_with: dict = {}
         self.weights = torch.tensor([family.weight for family in families])
         self.packs: dict[str, Pack] = {}
         self.enabled = True

@@ -1,12 +1,13 @@
-"""Addresses of the Engram memory: compressed token ids, prime tables, multiplicative-XOR n-gram hashes.
+"""Names of what has just been read: compressed token ids, multiplicative-XOR n-gram hashes, 64 scrambled bits.
 
 The hash is the one of "Conditional Memory via Scalable Lookup" (Engram, https://arxiv.org/abs/2601.07372): the last `n`
-compressed token ids are multiplied by odd constants and XORed into one 63-bit `mix`; head `j` addresses row
-`mix mod M_{n,j}`, with a prime `M_{n,j}` of its own. All constants are drawn once, stored with the model as tensors and
-never derived again when a checkpoint is loaded.
+compressed token ids are multiplied by odd constants and XORed into one 63-bit `mix`. The memory scrambles it into a
+64-bit name, by which its rows are found exactly; the paper's own tables, with row `mix mod M_{n,j}` in the table of prime
+size `M_{n,j}` of head `j`, are there too (`hash_constants`, `row_addresses`). All constants are drawn once, stored with the
+model as tensors and never derived again when a checkpoint is loaded.
 
 A *family* is one way to name what has just been read. An n-gram family names it by its last `order` tokens. Every family
-offers `span` (how many tokens of history it needs, itself included) and `mix` (one 63-bit name per position).
+offers `span` (how many tokens of history it needs, itself included) and `mix` (one 63-bit number per position).
 """
 
 from __future__ import annotations
@@ -279,10 +280,11 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
              True: np.bitwise_xor.accumulate(in_sentence * multipliers, axis=-1)}  # fmt: skip
     unfilled = np.lib.stride_tricks.sliding_window_view(missing, shortest, axis=1)[:, -age.shape[1] :].any(-1)
     names = np.empty((*age.shape, len(families)), np.int64)
+    strides = np.arange(1, len(families) + 1) * _FAMILY_STRIDE  # wraps around, as in C
     for number, family in enumerate(families):
         named = age + 1 >= family.order // 2 if family.sentence else ~unfilled
         mix = mixes[family.sentence][:, :, family.order - 1]
-        names[:, :, number] = np.where(named, scramble(mix + np.int64((number + 1) * _FAMILY_STRIDE)), NO_NAME)
+        names[:, :, number] = np.where(named, scramble(mix + strides[number]), NO_NAME)
     return torch.from_numpy(names)
 
 

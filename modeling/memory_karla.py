@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from .answers_karla import write_answers
-from .packs_karla import check_pack_name
+from .exchange_karla import export_pack, find_pack, import_pack, merge_packs
+from .manifest_karla import check_pack_name
 from .reading_karla import ReadReport, read_texts
+from .saving_karla import check_undamaged
 
 
 WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
@@ -29,7 +32,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 class KarlaMemoryMixin:
-    """`read`, `forget`, `packs` and the memory's switch for `KarlaForCausalLM`."""
+    """`read`, `forget`, what else is done with packs, and the memory's switch, for `KarlaForCausalLM`."""
 
     @torch.no_grad()
     def read(
@@ -40,6 +43,7 @@ class KarlaMemoryMixin:
         pack: str = "default",
         context: str = "closed",
         sign: int = 1,
+        title: str | Sequence[str] | None = None,
         progress: bool = True,
     ) -> ReadReport:
         """Read texts once and write what was surprising into a pack. The backbone and the head are not modified.
@@ -53,6 +57,7 @@ class KarlaMemoryMixin:
                 context.
             sign: 1 to learn the texts; -1 to unlearn them, which makes them unlikely wherever their words stand in this
                 order.
+            title: what the pack shall name as its sources, such as the names of files; one or several, or None.
             progress: whether to show a progress bar.
 
         Returns:
@@ -61,8 +66,10 @@ class KarlaMemoryMixin:
         Raises:
             ValueError: for an unknown context or sign, a name that no pack can have, no text, a text of fewer than two tokens,
                 or another tokenizer.
+            OSError: if files of the pack are damaged.
         """
         check_pack_name(pack)
+        check_undamaged(self.engram, pack)
         if sign not in (1, -1):
             raise ValueError(f"sign is {sign!r}; give 1 to learn the texts or -1 to unlearn them.")
         if context not in WINDOWS:
@@ -73,14 +80,12 @@ class KarlaMemoryMixin:
         was_training = self.training
         self.eval()
         try:
-            weight, bias = self.model.output_projection()
             report = read_texts(
                 encoded,
                 self.engram,
                 self.engram.open_pack(pack),
                 self._closed_states,
-                weight,
-                bias,
+                *self.model.output_projection(),
                 window=window,
                 stride=stride,
                 least=least,
@@ -88,11 +93,16 @@ class KarlaMemoryMixin:
                 progress=progress,
             )
             if self.engram.lexicon is not None:
+                weight, _ = self.model.output_projection()
                 ids = [text.tolist() for text in encoded]
                 write_answers(self.engram.lexicon, self.engram.packs[pack], ids, weight, sign)
-            return report
         finally:
             self.train(was_training)
+        if sign > 0 and title is not None:
+            titles = [title] if isinstance(title, str) else title
+            sources = self.engram.packs[pack].sources
+            sources += [title for title in titles if title not in sources]
+        return report
 
     def forget(self, pack: str) -> None:
         """Remove a pack; what the other packs hold is untouched.
@@ -100,9 +110,50 @@ class KarlaMemoryMixin:
         Raises:
             KeyError: if there is no such pack.
         """
-        if pack not in self.engram.packs:
-            raise KeyError(f"There is no pack {pack!r}; the packs are {sorted(self.engram.packs)}.")
+        find_pack(self.engram, pack)
         del self.engram.packs[pack]
+
+    def export_pack(self, name: str, folder: str | os.PathLike) -> None:
+        """Write one pack to a folder of its own, from which `import_pack` adds it to another memory.
+
+        Args:
+            name: the pack.
+            folder: new or empty.
+
+        Raises:
+            KeyError: if there is no such pack.
+            OSError: if the folder holds something or cannot be written, or the pack is damaged.
+        """
+        self._describe_backbone()
+        export_pack(self.engram, name, folder, self.tokenizer_sha256)
+
+    def import_pack(self, folder: str | os.PathLike, name: str | None = None) -> str:
+        """Add a pack that was exported; returns its name.
+
+        Args:
+            folder: what `export_pack` wrote.
+            name: name for the pack here; None keeps its own.
+
+        Raises:
+            ValueError: if the pack was made with another tokenizer, backbone, seed, layout or schema, or a pack of that
+                name is here already.
+            OSError: if the folder holds no pack, or a file is damaged.
+        """
+        self._describe_backbone()
+        return import_pack(self.engram, folder, name, self.tokenizer_sha256)
+
+    def merge_packs(self, names: Sequence[str], into: str) -> None:
+        """Replace packs by one whose rows are their sums, the same in whatever order they are named.
+
+        Args:
+            names: the packs.
+            into: name of the result; one of them, or new.
+
+        Raises:
+            KeyError: if there is no such pack.
+            ValueError: if `into` cannot be a name or is that of another pack.
+        """
+        merge_packs(self.engram, names, into)
 
     def packs(self) -> dict[str, int]:
         """Rows that each pack owns, by name, in the order in which the packs were made."""

@@ -1,90 +1,52 @@
-"""Engram on disk: a folder of safetensors files and a manifest that names them.
+"""The memory on disk: a folder of files that never change, and a manifest that names them.
 
-`engram/constants-<hash>.safetensors` holds what addresses depend on, `engram/<pack>-<hash>.safetensors` the owned rows
-of a pack. Files are named by their content and never changed; the manifest is replaced last, in one step, so a save that
-dies leaves the state before it.
+A table is a list of files: each holds some of its slots with their names and rows, later ones win, and the first may be
+the whole table, which is mapped instead of read. Saving adds one file with the slots that were written since, or merges
+files so that a table never has many. The manifest is replaced last and in one step; only then are files removed that it
+no longer names.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
-from .engram_karla import Engram, EngramTable
-from .hashing_karla import HashConstants, NgramFamily
-
-
-SCHEMA = 1
-FOLDER = "engram"
-MANIFEST = "manifest.json"
-_PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+from .engram_karla import Engram, EngramLayout
+from .files_karla import open_tensors
+from .hashing_karla import NameConstants, NgramFamily
+from .manifest_karla import FOLDER, MANIFEST, parse_manifest, stored_file
+from .saving_karla import content_hash, damaged_files, save_folder
+from .stored_table_karla import load_table
+from .words_karla import Lexicon
 
 
-def check_pack_name(name: str) -> None:
-    """Raise ValueError unless `name` can be the name of a pack (letters, digits, `.`, `_`, `-`; at most 64).
-
-    Example:
-        >>> check_pack_name("handbook-2026")
-    """
-    if not _PACK_NAME.fullmatch(name):
-        raise ValueError(f"The pack name {name!r} is not allowed; use letters, digits, '.', '_' and '-', at most 64.")
+logger = logging.get_logger(__name__)
+ATTEMPTS = 100  # of a reader that meets files which a writer has just replaced
 
 
 def save_engram(engram: Engram, directory: str | os.PathLike, tokenizer_sha256: str | None) -> None:
-    """Write the memory below `directory`, in the folder `engram`.
+    """Write what has changed of a memory below `directory`, in the folder `engram`.
 
     Args:
-        engram: the memory. Not modified.
+        engram: the memory. What it holds is not modified.
         directory: the checkpoint's folder.
         tokenizer_sha256: hash of the tokenizer that the token map was made with, or None.
 
     Raises:
-        OSError: if the disk is full or not writable; what was there before is still whole.
+        OSError: if another process is writing there, or has done so since the memory was loaded; if a damaged pack was
+            written; if the disk is full or not writable. What was there before is still whole.
     """
-    folder = Path(directory) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    c = engram.constants
-    tensors = {
-        "multipliers": c.multipliers,
-        "primes": c.primes,
-        "offsets": c.offsets,
-        "token_map": c.token_map,
-        "pad_id": torch.tensor([c.pad_id]),
-        "coordinates": engram.coordinates,
-        "orders": torch.tensor([family.order for family in engram.families]),
-        "weights": torch.tensor([family.weight for family in engram.families], dtype=torch.float64),
-    }
-    manifest: dict = {
-        "schema": SCHEMA,
-        "tokenizer_sha256": tokenizer_sha256,
-        "hidden_size": engram.hidden_size,
-        "constants": _write_tensors(folder, "constants", tensors),
-        "packs": [
-            {"name": name, "rows": table.num_owned, **_write_tensors(folder, name, _owned_rows(table))}
-            for name, table in engram.packs.items()
-        ],
-    }
-    _replace(folder, MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8"))
-    used = {manifest["constants"]["file"], *(pack["file"] for pack in manifest["packs"])}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in used:
-            path.unlink()
+    save_folder(engram, Path(directory) / FOLDER, tokenizer_sha256)
 
 
 def load_engram(
     find: Callable[[str], str | None], hidden_size: int, vocab_size: int
 ) -> tuple[Engram, str | None] | None:
-    """Read a memory.
+    """Read a memory. Files of packs that are damaged or missing are left out, logged, and kept in `Engram.damaged`.
 
     Args:
         find: maps a file name such as `engram/manifest.json` to a local path, or None where there is none.
@@ -96,107 +58,82 @@ def load_engram(
 
     Raises:
         ValueError: if the memory belongs to another backbone or schema.
-        OSError: if a file is missing or damaged, naming it.
+        OSError: if the manifest or the constants are missing or damaged.
     """
     path = find(f"{FOLDER}/{MANIFEST}")
     if path is None:
         return None
-    manifest = _read_manifest(path)
+    engram, manifest = load_folder(Path(path), lambda name: find(f"{FOLDER}/{name}"))
     if manifest["hidden_size"] != hidden_size:
         raise ValueError(
             f"{path} is a memory for hidden size {manifest['hidden_size']}, but the backbone has {hidden_size}; use the "
             "backbone that the memory was made for."
         )
-    t = _read_tensors(find, manifest["constants"])
-    if len(t["token_map"]) != vocab_size:
+    if len(engram.constants.token_map) != vocab_size:
         raise ValueError(
-            f"{path} maps {len(t['token_map'])} token ids, but the backbone has {vocab_size}; use the backbone and "
-            "tokenizer that the memory was made for."
+            f"{path} maps {len(engram.constants.token_map)} token ids, but the backbone has {vocab_size}; use the "
+            "backbone and tokenizer that the memory was made for."
         )
-    constants = HashConstants(t["multipliers"], t["primes"], t["offsets"], t["token_map"], int(t["pad_id"]))
-    families = [
-        NgramFamily(order, weight) for order, weight in zip(t["orders"].tolist(), t["weights"].tolist(), strict=True)
-    ]
-    engram = Engram(constants, families, t["coordinates"], hidden_size)
-    for pack in manifest["packs"]:
-        _fill_table(engram.open_pack(pack["name"]), _read_tensors(find, pack), pack["file"])
+    for name, pack in engram.packs.items():
+        for file in damaged_files(engram, pack):
+            logger.error(
+                f"{Path(path).parent / file} is damaged ({engram.damaged[file]}); what it holds of pack {name!r} is left "
+                "out. Restore it from a good copy, or forget the pack."
+            )
     return engram, manifest["tokenizer_sha256"]
 
 
-def _owned_rows(table: EngramTable) -> dict[str, torch.Tensor]:
-    index = (table.owners != 0).nonzero()[:, 0]
-    return {"index": index, "owners": table.owners[index], "rows": table.rows[index]}
+def load_folder(path: Path, find: Callable[[str], str | None]) -> tuple[Engram, dict]:
+    """Read the memory that a manifest describes, without locking it: if a writer replaces it meanwhile, read it again.
 
+    Args:
+        path: the manifest.
+        find: maps the name of a file beside it to a local path, or None where there is none.
 
-def _fill_table(table: EngramTable, tensors: dict[str, torch.Tensor], name: str) -> None:
-    index = tensors["index"]
-    if len(index) and int(index.max()) >= len(table.owners):
-        raise OSError(f"{name} addresses row {int(index.max())}, but the table has {len(table.owners)}; read again.")
-    table.owners[index] = tensors["owners"]
-    table.rows[index] = tensors["rows"]
-
-
-def _write_tensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Write tensors to a file named by its content; returns its entry for the manifest."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        path = Path(staging) / "tensors"
+    Returns:
+        The memory and the manifest.
+    """
+    for _ in range(ATTEMPTS):
+        data = path.read_bytes()
+        manifest = parse_manifest(path, data)
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        except SafetensorError as error:
-            raise OSError(f"{folder} cannot be written ({error}); what was there before is unchanged.") from error
-        digest = _sha256(path)
-        name = f"{stem}-{digest[:16]}.safetensors"
-        if not (folder / name).exists():
-            _fsync(path)
-            os.replace(path, folder / name)
-    return {"file": name, "sha256": digest}
+            engram = _load(path, manifest, find)
+        except FileNotFoundError:
+            if path.read_bytes() == data:
+                raise
+            continue
+        if not engram.damaged or path.read_bytes() == data:
+            break
+    engram.saved[path.parent.resolve()] = content_hash(data)
+    return engram, manifest
 
 
-def _replace(folder: Path, name: str, write: Callable[[Path], object]) -> None:
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        path = Path(staging) / name
-        write(path)
-        _fsync(path)
-        os.replace(path, folder / name)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(path: str) -> dict:
-    try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-        schema, _, _ = (manifest[key] for key in ("schema", "hidden_size", "tokenizer_sha256"))
-        for entry in ({"name": "constants", **manifest["constants"]}, *manifest["packs"]):
-            name, file, _ = (entry[key] for key in ("name", "file", "sha256"))
-            check_pack_name(name)
-            if not _FILE_NAME.fullmatch(file):
-                raise ValueError("it names a file outside its folder")
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{path} is no manifest of a memory ({error}); restore the folder from a good copy.") from error
-    if schema != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {schema}, but this version reads schema {SCHEMA}; use a matching version."
+def _load(path: Path, manifest: dict, find: Callable[[str], str | None]) -> Engram:
+    stored = stored_file(manifest["constants"])
+    place = find(stored.file)
+    if place is None:
+        raise FileNotFoundError(
+            f"{path.parent / stored.file} is named by the manifest but missing; restore it from a good copy."
         )
-    return manifest
-
-
-def _read_tensors(find: Callable[[str], str | None], entry: dict) -> dict[str, torch.Tensor]:
-    name = f"{FOLDER}/{entry['file']}"
-    path = find(name)
-    if path is None:
-        raise OSError(f"{name} is named by the manifest but missing; restore it from a good copy.")
-    if _sha256(path) != entry["sha256"]:
-        raise OSError(f"{path} is damaged (its content is not what was written); restore it from a good copy.")
-    return load_file(path)
+    try:
+        t, _ = open_tensors(Path(place), stored)
+        tensors = {name: torch.from_numpy(t[name].copy()) for name in ("multipliers", "token_map", "boundaries")}
+        constants = NameConstants(**tensors, pad_id=int(t["pad_id"][0]))
+        columns = (t[name].tolist() for name in ("orders", "weights", "sentences"))
+        families = [NgramFamily(order, weight, bool(flag)) for order, weight, flag in zip(*columns, strict=True)]
+        lexicon = Lexicon.from_arrays(t) if "token_texts" in t else None
+    except (ValueError, KeyError) as error:
+        raise OSError(f"{place} is damaged ({error}); restore it from a good copy.") from error
+    layout = {**manifest["layout"], "update_periods": tuple(manifest["layout"]["update_periods"])}
+    engram = Engram(constants, families, EngramLayout(hidden_size=manifest["hidden_size"], **layout))
+    engram.made_with, engram.lexicon = manifest["made_with"], lexicon
+    for entry in manifest["packs"]:
+        pack = engram.open_pack(entry["name"])
+        pack.stored, pack.sources, pack.tokens = entry, list(entry["sources"]), entry["tokens"]
+        pack.clock.step = entry["step"]
+        for level, stored_level in zip(pack.levels, entry["levels"], strict=True):
+            level.lost = stored_level["lost"]
+            level.tables = [
+                load_table(table, layout["width"], find, engram.damaged) for table in stored_level["tables"]
+            ]
+    return engram

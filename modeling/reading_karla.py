@@ -29,9 +29,9 @@ class ReadReport(NamedTuple):
         texts: number of texts.
         tokens: tokens read.
         positions_written: positions whose next token had been unlikely.
-        rows_written: change in the rows of the pack that have a name.
+        rows_written: change in the names of the pack that have a row.
         rows_lost: names that found no row, because the pack is full and may not grow.
-        load: owned rows over all rows of the pack's slowest level, 0 to 1.
+        load: names of the pack that have a row over all rows of its slowest level.
         surprise_before: mean -log p of the next token before the write, in nats.
         surprise_after: the same right after the write.
         seconds: wall time.

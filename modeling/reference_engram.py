@@ -1,4 +1,4 @@
-"""Slow references for hashing_karla.py and engram_karla.py: plain Python loops over positions, families and heads.
+"""Slow references for hashing_karla.py and engram_karla.py: dicts of rows, and plain Python loops.
 
 Only tests and benchmarks import this file, so it never travels to the Hub.
 """
@@ -10,9 +10,12 @@ import math
 import numpy as np
 import torch
 
-from .engram_karla import Engram, EngramTable
-from .hashing_karla import Names
-from .writing_karla import DEFAULT_RULE, WriteResult, WriteRule
+from .engram_karla import Engram, EngramLayout, Level, Pack
+from .hashing_karla import BEGINS, BREAKS, ENDS, NO_NAME, NO_TOKEN, NameConstants, NgramFamily
+
+
+_BITS = 2**64 - 1
+Rows = dict[int, torch.Tensor]  # [width] float64 by name
 
 
 def naive_ngram_rows(
@@ -79,142 +82,142 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
-def naive_read(engram: Engram, names: Names) -> torch.Tensor:
+def naive_names(ids: list[list[int]], families: list[NgramFamily], constants: NameConstants) -> list[list[list[int]]]:
+    """Name of every suffix n-gram: the published mix, the family's stride added, through the finaliser of splitmix64.
+
+    Args:
+        ids: B lists of T token ids, `NO_TOKEN` where there is none. Not modified.
+        families: the F families.
+        constants: see `NameConstants`.
+
+    Returns:
+        B x T x F signed 64-bit integers; 0 where not even the shortest n-gram is complete, and for a sentence family
+        where the sentence has less than half of its tokens.
+
+    Example:
+        >>> constants = NameConstants(torch.tensor([1, 3]), torch.arange(9), torch.zeros(9, dtype=torch.uint8), 0)
+        >>> naive_names([[3, 4]], [NgramFamily(2, 1.0)], constants)
+        [[[0], [834254763131718849]]]
+    """
+    multipliers, token_map = constants.multipliers.tolist(), constants.token_map.tolist()
+    shortest = min(family.order for family in families)
+    names: list = []
+    for text in ids:
+        names.append([])
+        for t in range(len(text)):
+            recent = [text[t - k] if t >= k else NO_TOKEN for k in range(max(family.order for family in families))]
+            length = _sentence_length(text[: t + 1], constants.boundaries.tolist())
+            names[-1].append([])
+            for number, family in enumerate(families, start=1):
+                mix = 0
+                for k, token in enumerate(recent[: family.order]):
+                    absent = token == NO_TOKEN or (family.sentence and k >= length)
+                    mix ^= (constants.pad_id if absent else token_map[token]) * multipliers[k]
+                bits = _splitmix64((mix + number * 0x1E3779B97F4A7C15) & _BITS) or 1
+                named = length >= family.order // 2 if family.sentence else NO_TOKEN not in recent[:shortest]
+                names[-1][-1].append((bits - 2**64 if bits >= 2**63 else bits) if named else NO_NAME)
+    return names
+
+
+def _sentence_length(text: list[int], boundaries: list[int]) -> int:
+    """Tokens of the sentence that a text ends in; what comes before the text, or is masked, ends one."""
+    for length in range(1, len(text)):
+        before, here = text[-length - 1], text[-length]
+        if before == NO_TOKEN or boundaries[before] & BREAKS:
+            return length
+        if here != NO_TOKEN and boundaries[before] & ENDS and boundaries[here] & BEGINS:
+            return length
+    return len(text)
+
+
+def _splitmix64(bits: int) -> int:
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 & _BITS
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB & _BITS
+    return bits ^ (bits >> 31)
+
+
+class NaivePack:
+    """`Pack` with a dict of rows per level.
+
+    Args:
+        layout: sizes; `max_rows` is kept to the name, as a table of one bucket keeps it.
+
+    Attributes:
+        levels: rows by name, the fastest level first; what a row holds is a float16.
+        step: chunks counted.
+        lost: names that found no place in the slowest level.
+    """
+
+    def __init__(self, layout: EngramLayout):
+        self.layout = layout
+        self.levels: list[Rows] = [{} for _ in layout.update_periods]
+        self.step = self.lost = 0
+
+    def claim(self, names: list[int], level: int = 0) -> list[bool]:
+        """Give names rows of a level; the first of them where not all fit. Returns which have one."""
+        rows = self.levels[level]
+        limit = self.layout.max_rows if level == len(self.levels) - 1 else None
+        for name in names:
+            if name != NO_NAME and (limit is None or len(rows) < limit):
+                rows.setdefault(name, torch.zeros(self.layout.width, dtype=torch.float64))
+        self.lost += len({name for name in names if name != NO_NAME and name not in rows})
+        return [name in rows for name in names]
+
+    def add(self, changes: Rows, level: int = 0) -> None:
+        """Add changes to rows of a level and round them to float16."""
+        for name, change in changes.items():
+            self.levels[level][name] = (self.levels[level][name] + change).half().double()
+
+    def tick(self) -> None:
+        """Count a chunk; each level that is due takes over all that the one before it holds."""
+        self.step += 1
+        for level in range(1, len(self.levels)):
+            if self.step % self.layout.update_periods[level] == 0:
+                names = sorted(self.levels[level - 1])
+                kept = [name for name, has in zip(names, self.claim(names, level), strict=True) if has]
+                self.add({name: self.levels[level - 1][name] for name in kept}, level)
+                self.levels[level - 1] = {}
+
+
+def coordinates_of(layout: EngramLayout, family: int, num_families: int) -> list[int]:
+    """Coordinates of the hidden state that a family owns: a run from its share of the way on, around the end."""
+    start = family * layout.hidden_size // num_families
+    return [(start + k) % layout.hidden_size for k in range(layout.width)]
+
+
+def rows_by_level(pack: Pack | NaivePack) -> list[Rows]:
+    """What every level holds, slot by slot: its rows by name."""
+    if isinstance(pack, NaivePack):
+        return pack.levels
+    return [_rows_of(level) for level in pack.levels]
+
+
+def _rows_of(level: Level) -> Rows:
+    rows = {}
+    for table in level.tables:
+        for slot, name in enumerate(table.names.flatten().tolist()):
+            if name != NO_NAME:
+                rows[name] = torch.from_numpy(table.rows[slot]).double()
+    return rows
+
+
+def naive_read(engram: Engram, names: torch.Tensor) -> torch.Tensor:
     """`Engram.read` coordinate by coordinate, in Python floats.
 
     Args:
-        engram: the memory. Not modified.
-        names: of P positions.
+        engram: the memory, of `Pack` or `NaivePack`. Not modified.
+        names: [P, F] int64.
 
     Returns:
         [P, D] float64.
     """
-    memory = torch.zeros(len(names.rows), engram.hidden_size, dtype=torch.float64)
-    if engram.enabled:
-        for table in engram.packs.values():
-            for p in range(len(names.rows)):
-                for f, j in _owned(engram, table, names, p):
-                    row = table.rows[names.rows[p, f, j]].tolist()
-                    for coordinate, value in zip(engram.coordinates[f, j].tolist(), row, strict=True):
-                        memory[p, coordinate] += value
+    memory = torch.zeros(len(names), engram.hidden_size, dtype=torch.float64)
+    for pack in engram.packs.values() if engram.enabled else []:
+        for rows in rows_by_level(pack):
+            for p, position in enumerate(names.tolist()):
+                for f, name in enumerate(position):
+                    if name in rows:
+                        coordinates = coordinates_of(engram.layout, f, len(position))
+                        for coordinate, value in zip(coordinates, rows[name].tolist(), strict=True):
+                            memory[p, coordinate] += value
     return memory
-
-
-def _owned(engram: Engram, table: EngramTable, names: Names, p: int) -> list[tuple[int, int]]:
-    """Families and heads whose row of position p belongs to its name."""
-    families, heads, _ = engram.coordinates.shape
-    named = [f for f in range(families) if names.fingerprints[p, f] != 0]
-    return [
-        (f, j) for f in named for j in range(heads) if table.owners[names.rows[p, f, j]] == names.fingerprints[p, f]
-    ]
-
-
-@torch.no_grad()
-def naive_write_chunk(
-    engram: Engram,
-    table: EngramTable,
-    names: Names,
-    hidden_states: torch.Tensor,
-    targets: torch.Tensor,
-    output_embeddings: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    rule: WriteRule = DEFAULT_RULE,
-) -> WriteResult:
-    """`write_chunk` position by position, in float64; only the rows themselves are rounded, to the dtype they have.
-
-    Give the table `rows` in float64 and nothing is rounded at all. Arguments and result are those of `write_chunk`, with
-    surprises in float64.
-    """
-    count = len(targets)
-    before, after = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    written = torch.zeros(count, dtype=torch.bool)
-    weight = output_embeddings.double()
-    pending = list(range(count))
-    for turn in range(rule.rounds):
-        memory = naive_read(engram, names)
-        problems = {}
-        for p in pending:
-            logits = weight @ (hidden_states[p].double() + memory[p])
-            if bias is not None:
-                logits = logits + bias.double()
-            after[p] = logits.logsumexp(0) - logits[targets[p]]
-            if turn == 0:
-                before[p] = after[p]
-            if after[p] > -math.log(rule.target):
-                problems[p] = _Problem(logits, int(targets[p]), weight, rule.candidates)
-        pending = list(problems)
-        if not pending:
-            break
-        named, log_odds = _correct(engram, table, names, problems, rule)
-        for p in pending:
-            after[p] = math.log1p(math.exp(-log_odds[p]))
-            written[p] |= named[p]
-    return WriteResult(before, after, written)
-
-
-class _Problem:
-    """One position's target against its likeliest tokens and a constant mass of all others."""
-
-    def __init__(self, logits: torch.Tensor, target: int, weight: torch.Tensor, count: int):
-        likeliest = logits.topk(min(count, len(logits))).indices.tolist()
-        rivals = [token for token in likeliest if token != target]
-        total = float(logits.logsumexp(0))
-        tracked = sum(math.exp(float(logits[token]) - total) for token in [target, *rivals])
-        self.logits = [float(logits[token]) for token in [target, *rivals]]
-        self.embeddings = [weight[token] for token in [target, *rivals]]
-        self.rest = total + math.log1p(-min(tracked, 1 - 1e-7))
-        self.mean_embedding = weight.mean(0)
-
-    def direction(self, moved: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """W_y minus the mean competitor, and the log-odds of y, after the memory has moved."""
-        logits = [value + float(row @ moved) for value, row in zip(self.logits, self.embeddings, strict=True)]
-        rivals = [*logits[1:], self.rest]
-        largest = max(rivals)
-        masses = [math.exp(value - largest) for value in rivals]
-        competitor = torch.zeros_like(moved)
-        for mass, row in zip(masses, [*self.embeddings[1:], self.mean_embedding], strict=True):
-            competitor += mass / sum(masses) * row
-        return self.embeddings[0] - competitor, logits[0] - largest - math.log(sum(masses))
-
-
-def _correct(
-    engram: Engram, table: EngramTable, names: Names, problems: dict[int, _Problem], rule: WriteRule
-) -> tuple[dict[int, bool], dict[int, float]]:
-    """Correct positions until they reach the target; which have a row of their own, and the log-odds of y."""
-    _claim(engram, table, names, list(problems))
-    owned = {p: _owned(engram, table, names, p) for p in problems}
-    aim = math.log(rule.target / (1 - rule.target))
-    start = naive_read(engram, names)
-    for _ in range(rule.repeats):
-        moved = naive_read(engram, names) - start
-        changes: dict[int, list[torch.Tensor]] = {}
-        for p, problem in problems.items():
-            direction, log_odds = problem.direction(moved[p])
-            if log_odds >= aim or not owned[p]:
-                continue
-            reached = 0.0
-            for f, j in owned[p]:
-                for coordinate in engram.coordinates[f, j].tolist():
-                    reached += engram.families[f].weight * float(direction[coordinate]) ** 2
-            whole, own = float(direction @ direction), float(problem.embeddings[0] @ problem.embeddings[0])
-            divisor = max(reached, rule.least_coverage * whole, rule.least_separation * own)
-            change = direction * (min(aim + rule.overshoot - log_odds, rule.max_margin) / divisor)
-            for f, j in owned[p]:
-                share = engram.families[f].weight * change[engram.coordinates[f, j]]
-                changes.setdefault(int(names.rows[p, f, j]), []).append(share)
-        if not changes:
-            break
-        for row, shares in changes.items():
-            table.rows[row] = (table.rows[row].double() + sum(shares) / len(shares)).to(table.rows.dtype)
-    moved = naive_read(engram, names) - start
-    log_odds_after = {p: problem.direction(moved[p])[1] for p, problem in problems.items()}
-    return {p: bool(owned[p]) for p in problems}, log_odds_after
-
-
-def _claim(engram: Engram, table: EngramTable, names: Names, positions: list[int]) -> None:
-    """An empty row becomes the first name's that asks for it."""
-    for p in positions:
-        for f in range(len(engram.families)):
-            for row in names.rows[p, f].tolist():
-                if table.owners[row] == 0:
-                    table.owners[row] = names.fingerprints[p, f]

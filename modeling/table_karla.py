@@ -33,6 +33,7 @@ class EngramTable:
         rows: [N, width] float16; what an empty slot holds has no meaning.
         num_owned: slots that have a name.
         dirty: [N] bool, slots written since the table was last saved.
+        files: the files that hold all the other slots, see `packs_karla`.
 
     Example:
         >>> table = EngramTable(16, width=2)
@@ -54,6 +55,7 @@ class EngramTable:
         return table
 
     def _take(self, names: np.ndarray, rows: np.ndarray, num_owned: int) -> None:
+        self.files: list = []
         self.names, self.rows, self.num_owned = names, rows, num_owned
         self.dirty = _zeros((names.size,), np.bool_)
         self._addresses = names.ctypes.data, rows.ctypes.data
@@ -193,8 +195,22 @@ class EngramTable:
         self.dirty[slots] = True
         return kept
 
+    def restore(self, slots: np.ndarray, names: np.ndarray, rows: np.ndarray) -> None:
+        """Put names [N] int64 and rows [N, width] float16 where they were: at distinct slots [N] int64.
+
+        Raises:
+            ValueError: if a name does not belong where it should go.
+        """
+        inside = len(slots) == 0 or (slots.min() >= 0 and slots.max() < len(self))
+        if not inside or not ((self._buckets(names) == (slots >> 3)[:, None]).any(1) & (names != NO_NAME)).all():
+            raise ValueError(f"Names were given slots that are not theirs in a table of {len(self)} rows.")
+        flat = self.names.reshape(-1)
+        self.num_owned += int(np.count_nonzero(flat[slots] == NO_NAME))
+        flat[slots], self.rows[slots] = names, rows
+
     def clear(self) -> None:
         """Forget everything."""
+        self.files = []
         self.names[:] = NO_NAME
         self.dirty[:] = False
         self.num_owned = 0

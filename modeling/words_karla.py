@@ -32,6 +32,7 @@ STOP_WORDS, REQUESTS = (frozenset(words.split()) for words in (_STOP_WORDS, _REQ
 # What may stand between the beginning of a slot and the answer.
 LEAD_IN = re.compile(r"(?:\s*(?:A:|Answer:|(?:[Ii]t|[Tt]hat|[Tt]he|is|was|are|were|answer|on|in|at|of|to|by)\b))*\n*")
 
+_ARRAYS = ("token_texts", "token_text_ends", "reply_marker")  # names in a saved memory
 _SENTENCE_END = re.compile(r"[.?!]['\")]*\s+|\s*\n\s*")
 _WORD = re.compile(r"\w+")
 
@@ -73,6 +74,15 @@ class Lexicon:
         count = min(len(tokenizer), vocab_size)
         texts = ["\0" if token in special else tokenizer.decode([token]) for token in range(count)]
         return cls.from_texts(texts + [""] * (vocab_size - count), _reply_marker(tokenizer))
+
+    @classmethod
+    def from_arrays(cls, arrays) -> Lexicon:
+        """The lexicon that `arrays` came from; copies."""
+        return cls(*(torch.from_numpy(arrays[name].copy()) for name in _ARRAYS))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a saved memory keeps of it."""
+        return {name: part.numpy() for name, part in zip(_ARRAYS, (self.blob, self.ends, self.reply), strict=True)}
 
     @cached_property
     def texts(self) -> list[str]:

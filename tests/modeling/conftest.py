@@ -7,8 +7,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from karla_hf import KarlaConfig, KarlaForCausalLM
+from karla_hf.modeling import hashing_karla, table_karla, writing_karla
 from karla_hf.modeling.engram_karla import Engram, new_engram
-from karla_hf.modeling.hashing_karla import NO_TOKEN, Names, name_positions
+from karla_hf.modeling.hashing_karla import BEGINS, BREAKS, ENDS, NO_TOKEN, name_positions
 
 
 VOCAB_SIZE = 300
@@ -105,30 +106,50 @@ def random_ids():
     return draw
 
 
+def boundaries() -> torch.Tensor:
+    """Of fifty tokens, 48 ends a sentence where one of 20 to 39 follows, and 49 ends it in any case."""
+    flags = torch.zeros(50, dtype=torch.uint8)
+    flags[20:40], flags[48], flags[49] = BEGINS, ENDS, BREAKS | BEGINS
+    return flags
+
+
+@pytest.fixture(params=["C", "numpy"])
+def kernels(request, monkeypatch):
+    """Run a test with the C kernels of the memory, and without."""
+    if request.param == "numpy":
+        for module in (hashing_karla, table_karla, writing_karla):
+            monkeypatch.setattr(module, "c_function", lambda name, arguments: None)
+    elif not hasattr(torch.ops.karla_hf, "address"):
+        pytest.skip("needs a C compiler")
+
+
 @pytest.fixture(scope="session")
 def make_engram():
-    """Function that builds an empty memory for hidden states of 24 coordinates and 50 tokens."""
+    """Function that builds an empty memory for hidden states of 24 coordinates and 50 tokens, of `words` words."""
 
-    def make(rows=2003, heads=3, head_dim=8, orders=(2, 3), weights=(0.4, 0.6)) -> Engram:
+    def make(
+        rows=1000, heads=3, head_dim=8, orders=(2, 3), weights=(0.4, 0.6), words=50, kind="ngram", **options
+    ) -> Engram:
         config = KarlaConfig(
             text_config=LlamaConfig(hidden_size=24, num_attention_heads=1, vocab_size=50),
-            engram_families=[{"kind": "ngram", "order": n, "weight": w} for n, w in zip(orders, weights, strict=True)],
+            engram_families=[{"kind": kind, "order": n, "weight": w} for n, w in zip(orders, weights, strict=True)],
             engram_num_heads=heads,
             engram_head_dim=head_dim,
             engram_rows_per_head=rows,
+            **{f"engram_{name}": value for name, value in options.items()},
         )
-        return new_engram(config, torch.arange(50), pad_id=0)
+        return new_engram(config, torch.arange(50) % words, boundaries(), pad_id=0)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def name_text():
-    """Function that names every position of one text of compressed ids."""
+    """Function that names every position of one text of token ids: [T, F]."""
 
-    def name(engram, ids) -> Names:
+    def name(engram, ids) -> torch.Tensor:
         history = nn.functional.pad(torch.as_tensor(ids)[None], (engram.history, 0), value=NO_TOKEN)
-        return name_positions(history, engram.families, engram.constants).select(0)
+        return name_positions(history, engram.families, engram.constants)[0]
 
     return name
 

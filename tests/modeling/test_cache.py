@@ -64,8 +64,11 @@ def test_pieces_equal_the_whole(double, pieces, cache):
 
 @pytest.mark.parametrize("pieces", PIECES)
 def test_pieces_equal_the_whole_in_single_precision(karla, pieces):
+    """But where an activation of the head lies so near a half that it is rounded the other way to its eight bits."""
     ids = karla.texts[:, :LENGTH]
-    assert_same(feed(karla, ids, PIECES[pieces]), karla(ids, use_cache=False).logits)
+    ours, whole = feed(karla, ids, PIECES[pieces]), karla(ids, use_cache=False).logits
+    assert_same(ours, whole, bound=1e-3)
+    assert ((ours - whole).abs().amax(-1) > 1e-4 * whole.abs().max()).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("options", [{"certainty_threshold": 0.5}, {"max_ticks": 1}, {"logits_to_keep": 1}])

@@ -290,6 +290,7 @@ def test_memory_alone_can_be_saved_into_a_checkpoint(named, saved, remember):
     named.save_memory(saved)
     after = contents(saved)
     assert {name for name in before if before[name] != after.get(name)} == {"engram/manifest.json"}
+    assert all(name.startswith("engram/later-") for name in after.keys() - before.keys())
     assert KarlaForCausalLM.from_pretrained(saved).packs() == named.packs()
 
 

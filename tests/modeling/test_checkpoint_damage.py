@@ -53,31 +53,41 @@ def test_missing_weights_are_named(saved):
         KarlaForCausalLM.from_pretrained(saved)
 
 
-def pack_of(folder, name) -> Path:
+def files_of(folder, name) -> list[Path]:
+    """The files of a pack; the slowest level's last."""
     manifest = json.loads((folder / "engram" / "manifest.json").read_text())
-    return folder / "engram" / next(entry["file"] for entry in manifest["packs"] if entry["name"] == name)
+    (pack,) = (pack for pack in manifest["packs"] if pack["name"] == name)
+    tables = [table for level in pack["levels"] for table in level["tables"]]
+    return [folder / "engram" / file["file"] for table in tables for file in table["files"]]
 
 
-def test_damaged_pack_is_named(saved):
-    path = pack_of(saved, "second")
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(OSError, match=rf"{path.name} is damaged .*; restore it from a good copy"):
-        KarlaForCausalLM.from_pretrained(saved)
+@pytest.mark.parametrize("missing", [False, True])
+def test_damaged_pack_is_named_and_the_rest_loads(named, saved, caplog, remember, missing):
+    whole = {path: path.read_bytes() for path in files_of(saved, "second")}
+    for path, data in whole.items():
+        path.unlink() if missing else path.write_bytes(data[:-8])
+    loaded = KarlaForCausalLM.from_pretrained(saved)
+    messages = [record.getMessage() for record in caplog.records if "is damaged" in record.getMessage()]
+    assert [message.partition(" is damaged (")[0] for message in messages] == [str(path) for path in whole]
+    assert loaded.engram.damaged.keys() == {path.name for path in whole}
+    named.forget("second")
+    assert torch.equal(logits(loaded), logits(named))
+    with pytest.raises(OSError, match=r"^The pack 'second' is damaged: .*; restore it from a good copy, merge"):
+        remember(loaded, IDS + 50, pack="second")
+    remember(loaded, IDS + 50, pack="third")
+    loaded.save_pretrained(saved)
+    for path, data in whole.items():
+        path.write_bytes(data)
+    mended = KarlaForCausalLM.from_pretrained(saved)
+    assert (mended.engram.damaged, list(mended.packs())) == ({}, ["default", "second", "third"])
 
 
-def test_missing_pack_is_named(saved):
-    path = pack_of(saved, "second")
-    path.unlink()
-    with pytest.raises(OSError, match=rf"^engram/{path.name} is named by the manifest but missing; restore it"):
-        KarlaForCausalLM.from_pretrained(saved)
-
-
-def test_manifest_that_names_a_file_elsewhere_is_refused(saved, tmp_path):
-    manifest = json.loads((saved / "engram" / "manifest.json").read_text())
-    shutil.copy(pack_of(saved, "second"), saved / "x.safetensors")
-    next(entry for entry in manifest["packs"] if entry["name"] == "second")["file"] = "../x.safetensors"
-    (saved / "engram" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(OSError, match=r"is no manifest of a memory \(it names a file outside its folder\)"):
+def test_manifest_that_names_a_file_elsewhere_is_refused(saved):
+    path = saved / "engram" / "manifest.json"
+    file = files_of(saved, "second")[0]
+    shutil.copy(file, saved / file.name)
+    path.write_text(path.read_text().replace(f'"{file.name}"', f'"../{file.name}"'))
+    with pytest.raises(OSError, match=rf"is no manifest of a memory \('\.\./{file.name}' is no name of a file in its"):
         KarlaForCausalLM.from_pretrained(saved)
 
 
@@ -135,7 +145,7 @@ def test_full_disk_leaves_what_was_there(named, saved, monkeypatch, remember, st
         elif step == "rename":
             patch.setattr(os, "replace", full_disk)
         else:
-            patch.setattr("karla_hf.modeling.packs_karla.save_file", full_disk_in_safetensors)
+            patch.setattr("karla_hf.modeling.files_karla.tempfile.mkstemp", full_disk)
         with pytest.raises(OSError, match="No space left on device"):
             named.save_pretrained(saved)
     after = contents(saved)
@@ -154,9 +164,10 @@ def test_really_failing_writes_leave_what_was_there(named, saved):
     before = contents(saved)
     code = """
 import resource, signal, sys
+import numpy as np
 from karla_hf import KarlaForCausalLM
 karla = KarlaForCausalLM.from_pretrained(sys.argv[1])
-karla.engram.open_pack("large").owners.fill_(1)
+karla.engram.open_pack("large").claim(np.arange(1, 2000) * 0x1E3779B97F4A7C1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 for save in (karla.save_pretrained, karla.save_memory):

@@ -26,6 +26,7 @@ def test_default_is_the_published_design():
         256,
         8,
     )
+    assert (made.engram_chunk_size, list(made.engram_update_periods), made.engram_max_rows) == (64, [1, 8, 64], None)
     assert (made.ctm_window, made.ctm_num_registers, made.tick_loss) == (128, 4, "last")
 
 
@@ -53,7 +54,7 @@ def test_embeddings_are_tied_as_in_the_backbone(tied):
 def test_saved_configuration_comes_back(tmp_path):
     families = [{"kind": "ngram", "order": 3, "weight": 1.0}]
     made = config(
-        engram_families=families, ctm_source_layers=[1, 6], certainty_threshold=0.5, base_model_name_or_path="a/b",
+        engram_families=families, engram_max_rows=99, engram_chunk_size=3, engram_update_periods=[1, 5], ctm_source_layers=[1, 6], certainty_threshold=0.5, base_model_name_or_path="a/b",
         backbone_quantization={"load_in_4bit": True}, backbone_included=False, tick_loss="two_tick",
     )  # fmt: skip
     made.save_pretrained(tmp_path)
@@ -87,7 +88,10 @@ def family(**changes):
 
 MISTAKES = {
     "no family": ({"engram_families": []}, "`engram_families` is empty, but the memory needs at least one; give an"),
-    "other kind": ({"engram_families": family(kind="set")}, '; each family is {"kind": "ngram", "order": int >= 1'),
+    "other kind": (
+        {"engram_families": family(kind="set")},
+        '; each family is {"kind": "ngram" or "sentence", "order"',
+    ),
     "family key": ({"engram_families": family(heads=2)}, "'heads': 2}; each family is"),
     "no weight": ({"engram_families": [{"kind": "ngram", "order": 4}]}, "; each family is"),
     "order 0": ({"engram_families": family(order=0)}, "; give an int order >= 1 and a weight > 0."),
@@ -97,6 +101,23 @@ MISTAKES = {
     "weight in words": ({"engram_families": family(weight="1")}, "; give an int order >= 1 and a weight > 0."),
     "no memory heads": ({"engram_num_heads": 0, "engram_head_dim": 8}, "`engram_num_heads` is 0; give 1 or more."),
     "no rows": ({"engram_rows_per_head": 0}, "`engram_rows_per_head` is 0; give 1 or more."),
+    "room for no row": ({"engram_max_rows": 0}, "`engram_max_rows` is 0; give 1 or more."),
+    "no chunk": ({"engram_chunk_size": 0}, "`engram_chunk_size` is 0; give 1 or more."),
+    "no period": ({"engram_update_periods": []}, "`engram_update_periods` is []; give 1 first and then growing"),
+    "slow first": (
+        {"engram_update_periods": [2, 4]},
+        "`engram_update_periods` is [2, 4]; give 1 first and then growing",
+    ),
+    "period twice": (
+        {"engram_update_periods": [1, 8, 8]},
+        "is [1, 8, 8]; give 1 first and then growing multiples, such",
+    ),
+    "no multiple": ({"engram_update_periods": [1, 8, 12]}, "is [1, 8, 12]; give 1 first and then growing multiples, "),
+    "shrinking": ({"engram_update_periods": [1, 8, 4]}, "is [1, 8, 4]; give 1 first and then growing multiples, such"),
+    "period 0": (
+        {"engram_update_periods": [1, 0]},
+        "is [1, 0]; give 1 first and then growing multiples, such as [1, 8",
+    ),
     "head dim 0": ({"engram_head_dim": 0}, "`engram_head_dim` is 0; give 1 or more."),
     "memory too wide": (
         {"engram_num_heads": 8, "engram_head_dim": 9},

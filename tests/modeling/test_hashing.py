@@ -1,4 +1,4 @@
-"""Addresses: token map, multipliers, primes, rows and fingerprints."""
+"""Token map, multipliers, names, and the rows of the published tables."""
 
 from unicodedata import ucd_3_2_0
 
@@ -12,16 +12,23 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from karla_hf import load_tokenizer
+from karla_hf.modeling import hashing_karla
 from karla_hf.modeling.hashing_karla import (
+    BEGINS,
+    BREAKS,
+    ENDS,
+    NO_NAME,
     NO_TOKEN,
     NgramFamily,
     compress_vocabulary,
-    fingerprints,
     hash_constants,
+    name_constants,
     name_positions,
     row_addresses,
+    scramble,
+    sentence_boundaries,
 )
-from karla_hf.modeling.reference_engram import naive_ngram_rows
+from karla_hf.modeling.reference_engram import naive_names, naive_ngram_rows
 
 
 ORDERS = [[2, 3], [4, 6, 12, 24]]
@@ -66,10 +73,28 @@ def constants_for(orders, *, heads=3, rows=50, vocab=97, pad=0, seed=0):
     return hash_constants(orders, heads, rows, torch.arange(vocab), pad, seed)
 
 
+def name_constants_for(orders, *, vocab=97, pad=0, seed=0, boundaries=None):
+    boundaries = torch.zeros(vocab, dtype=torch.uint8) if boundaries is None else boundaries
+    return name_constants(max(orders), torch.arange(vocab), boundaries, pad, seed)
+
+
+def families_of(orders):
+    return [NgramFamily(order, 1.0) for order in orders]
+
+
 def name_texts(compressed, orders, constants):
-    """Names of texts [B, T] that begin at their first token."""
+    """Names [B, T, F] of texts [B, T] that begin at their first token."""
     history = torch.nn.functional.pad(compressed, (max(orders) - 1, 0), value=NO_TOKEN)
-    return name_positions(history, [NgramFamily(order, 1.0) for order in orders], constants)
+    return name_positions(history, families_of(orders), constants)
+
+
+def published_rows(compressed, orders, constants):
+    """Rows [B, T, F, H] in the published tables, each family's own."""
+    mixes = []
+    for family in families_of(orders):
+        history = torch.nn.functional.pad(compressed, (family.order - 1, 0), value=constants.pad_id)
+        mixes.append(family.mix(history, constants.multipliers))
+    return row_addresses(torch.stack(mixes, dim=-1), constants)
 
 
 @pytest.mark.parametrize("orders", ORDERS)
@@ -79,8 +104,7 @@ def test_rows_are_those_of_the_published_hash(orders, length, seed):
     compressed = torch.randint(0, 97, (2, length))
     constants = constants_for(orders, pad=5, seed=seed)
     expected = naive_ngram_rows(compressed.tolist(), orders, 3, 50, vocab_size=97, pad_id=5, seed=seed)
-    rows = name_texts(compressed, orders, constants).rows
-    assert (rows - constants.offsets).tolist() == expected
+    assert (published_rows(compressed, orders, constants) - constants.offsets).tolist() == expected
 
 
 @settings(max_examples=50)
@@ -95,10 +119,78 @@ def test_any_size_hashes_as_published_and_never_overflows(orders, heads, rows, v
     constants = constants_for(orders, heads=heads, rows=rows, vocab=vocab, pad=vocab - 1, seed=seed)
     compressed = [[vocab - 1, 0, vocab // 2, vocab - 1, vocab - 1]]
     expected = naive_ngram_rows(compressed, orders, heads, rows, vocab, vocab - 1, seed)
-    found = name_texts(torch.tensor(compressed), orders, constants).rows
+    found = published_rows(torch.tensor(compressed), orders, constants)
     assert (found - constants.offsets).tolist() == expected
     assert int(found.min()) >= 0
     assert int(found.max()) < constants.num_rows
+
+
+@settings(max_examples=100)
+@given(
+    orders=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=6),
+    vocab=st.sampled_from([1, 2, 300, 262144]),
+    shape=st.sampled_from([(0, 3), (1, 1), (1, 2), (3, 17)]),
+    masked=st.floats(0.0, 0.3),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_names_equal_naive(kernel, orders, vocab, shape, masked, seed):
+    torch.manual_seed(seed)
+    flags = torch.randint(0, 8, (vocab,), dtype=torch.uint8) * (torch.rand(vocab) < 0.5)
+    families = [NgramFamily(order, 1.0, sentence) for order, sentence in orders]
+    longest = max(family.order for family in families)
+    token_map = torch.randint(0, vocab, (vocab,))
+    constants = name_constants(longest, token_map, flags, vocab - 1, seed)
+    ids = torch.randint(0, vocab, shape).masked_fill(torch.rand(shape) < masked, NO_TOKEN)
+    history = torch.nn.functional.pad(ids, (longest - 1, 0), value=NO_TOKEN)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernel:
+            patch.setattr(hashing_karla, "c_function", lambda name, arguments: None)
+        names = name_positions(history, families, constants)
+    assert names.dtype == torch.int64
+    assert names.shape == (*shape, len(orders))
+    assert names.tolist() == naive_names(ids.tolist(), families, constants)
+
+
+def test_names_rest_on_the_published_mix():
+    orders = [2, 5]
+    constants = constants_for(orders)
+    drawn = name_constants_for(orders)
+    assert torch.equal(drawn.multipliers, constants.multipliers)
+    assert drawn.pad_id == constants.pad_id
+    compressed = torch.randint(0, 97, (1, 20))
+    for number, family in enumerate(families_of(orders)):
+        mix = family.mix(compressed, drawn.multipliers)[0].numpy()
+        found = name_texts(compressed, orders, drawn)[0, family.order - 1 :, number].tolist()
+        assert found == scramble(mix + (number + 1) * np.int64(0x1E3779B97F4A7C15)).tolist()
+
+
+def test_families_of_the_same_order_give_different_names():
+    ids = torch.randint(0, 97, (4, 30))
+    names = name_texts(ids, [2, 2, 2], name_constants_for([2]))[:, 1:]
+    assert len(names.unique()) == 3 * len(names[..., 0].unique())
+
+
+def test_scramble_is_one_to_one_and_never_gives_no_name():
+    values = np.concatenate(
+        [np.arange(-50_000, 50_000), np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 50_000)]
+    )
+    given_values = values.copy()
+    found = scramble(values)
+    assert (values == given_values).all()
+    assert len(np.unique(found)) == len(np.unique(values))
+    assert NO_NAME not in found
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_each_half_of_a_name_is_spread_evenly(half):
+    """Over texts that differ in nothing but their last token."""
+    ids = torch.zeros(20_000, 3, dtype=torch.int64)
+    ids[:, -1] = torch.arange(20_000)
+    names = name_texts(ids, [3], name_constants_for([3], vocab=20_000))[:, -1, 0]
+    buckets = names.numpy().copy().view(np.uint32).reshape(-1, 2)[:, half] >> 24
+    counts = np.bincount(buckets, minlength=256)
+    assert ((counts - 78.125) ** 2 / 78.125).sum() < 360  # chi squared with 255 degrees of freedom: p = 2e-5
 
 
 def test_tables_lie_side_by_side_and_their_sizes_are_distinct_primes():
@@ -122,52 +214,61 @@ def test_constants_are_the_same_for_the_same_seed_only():
 def test_pad_id_is_compressed():
     token_map = torch.tensor([0, 1, 1, 2])
     assert hash_constants([2], 1, 10, token_map, pad_id=3, seed=0).pad_id == 2
+    assert name_constants(2, token_map, torch.zeros(4), pad_id=3, seed=0).pad_id == 2
 
 
 def test_position_with_fewer_tokens_than_the_shortest_family_has_no_name():
-    names = name_texts(torch.tensor([[7, 8, 9, 10, 11]]), [3, 5], constants_for([3, 5]))
-    assert (names.fingerprints == 0).tolist() == [[[True, True]] * 2 + [[False, False]] * 3]
+    names = name_texts(torch.tensor([[7, 8, 9, 10, 11]]), [3, 5], name_constants_for([3, 5]))
+    assert (names == NO_NAME).tolist() == [[[True, True]] * 2 + [[False, False]] * 3]
 
 
 def test_position_after_a_masked_token_has_no_name_until_the_shortest_family_fits():
     masked = torch.tensor([[7, NO_TOKEN, 9, 10, 11, 12]])
-    names = name_texts(masked, [2, 4], constants_for([2, 4]))
-    assert (names.fingerprints[0] == 0).all(-1).tolist() == [True, True, True, False, False, False]
+    names = name_texts(masked, [2, 4], name_constants_for([2, 4]))
+    assert (names[0] == NO_NAME).all(-1).tolist() == [True, True, True, False, False, False]
 
 
 def test_left_padding_changes_no_name():
     ids = torch.randint(0, 97, (1, 9))
-    constants = constants_for([2, 4])
+    constants = name_constants_for([2, 4])
     padded = torch.nn.functional.pad(ids, (5, 0), value=NO_TOKEN)
     alone, shifted = name_texts(ids, [2, 4], constants), name_texts(padded, [2, 4], constants)
-    assert torch.equal(shifted.rows[:, 5:], alone.rows)
-    assert torch.equal(shifted.fingerprints[:, 5:], alone.fingerprints)
+    assert torch.equal(shifted[:, 5:], alone)
 
 
 def test_name_depends_on_the_last_tokens_of_its_order_only():
     ids = torch.randint(0, 97, (1, 12))
-    constants = constants_for([2, 4])
+    constants = name_constants_for([2, 4])
     before = name_texts(ids, [2, 4], constants)
     ids[0, 6] = (ids[0, 6] + 1) % 97
     after = name_texts(ids, [2, 4], constants)
-    changed = (before.rows != after.rows).any(-1)[0]
+    changed = (before != after)[0]
     assert changed[:, 0].nonzero()[:, 0].tolist() == [6, 7]
     assert changed[:, 1].nonzero()[:, 0].tolist() == [6, 7, 8, 9]
 
 
-def test_fingerprints_spread_over_sixteen_bits_and_are_never_zero():
-    mix = torch.randint(0, 2**62, (200_000,))
-    found = fingerprints(mix)
-    assert found.dtype == torch.int16
-    assert not (found == 0).any()
-    assert len(found.unique()) > 60_000
-    # 16 bits beside the row: what shares a row has the same fingerprint about once in 65536 times
-    constants = constants_for([2], heads=1, rows=100)
-    same_row = row_addresses(mix[:, None], constants)[:, 0, 0] == 7
-    prints = found[same_row]
-    pairs = len(prints) * (len(prints) - 1) / 2
-    collisions = sum(count * (count - 1) / 2 for count in prints.unique(return_counts=True)[1].tolist())
-    assert collisions < 3 * pairs / 65536
+def test_sentence_has_the_same_names_in_a_paragraph_and_alone():
+    flags = torch.zeros(97, dtype=torch.uint8)
+    flags[:10] = BREAKS
+    constants, families = name_constants_for([6], boundaries=flags), [NgramFamily(6, 1.0, True), NgramFamily(6, 1.0)]
+    sentence = torch.randint(10, 97, (1, 8))
+    paragraph = torch.cat([torch.randint(10, 97, (1, 7)), torch.tensor([[3]]), sentence], dim=1)
+    alone, within = (
+        name_positions(torch.nn.functional.pad(ids, (5, 0), value=NO_TOKEN), families, constants)[0, -8:]
+        for ids in (sentence, paragraph)
+    )
+    assert torch.equal(alone[:, 0], within[:, 0])
+    assert (alone[:, 0] == NO_NAME).tolist() == [True] * 2 + [False] * 6  # half of six tokens
+    assert (alone[:, 1] == within[:, 1]).tolist() == [False] * 5 + [True] * 3
+
+
+def test_tokens_say_where_sentences_end():
+    texts = ["ab", " a", "a.", 'a?"', "!", ".5", "a\nb", "。", "<end>"]
+    backend = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}, unk_token="ab"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    expected = [0, BEGINS, ENDS, ENDS, ENDS, 0, BREAKS | BEGINS, ENDS, BREAKS | BEGINS]
+    assert sentence_boundaries(tokenizer, 11).tolist() == [*expected, 0, 0]
+    assert sentence_boundaries(tokenizer, 3).tolist() == expected[:3]
 
 
 def test_token_map_is_that_of_the_published_normalisers():

@@ -1,148 +1,275 @@
-"""The memory on disk: what is saved comes back, a save that dies leaves what was there, damage is named."""
+"""The memory on disk: what is saved comes back, only what changed is written, a table never has many files."""
 
-import errno
-import json
 import os
 import re
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig
+from safetensors.numpy import load_file
+from small_engram import assert_same, contents, files_of_pack, load, make_engram, manifest_of, state, write
 
-from karla_hf import KarlaConfig
-from karla_hf.modeling import packs_karla
-from karla_hf.modeling.engram_karla import new_engram
-from karla_hf.modeling.hashing_karla import Names
-from karla_hf.modeling.packs_karla import check_pack_name, load_engram, save_engram
-
-
-HIDDEN, VOCAB = 24, 50
+from karla_hf.modeling import files_karla, stored_table_karla
+from karla_hf.modeling.files_karla import StoredFile
+from karla_hf.modeling.manifest_karla import check_pack_name
+from karla_hf.modeling.packs_karla import load_engram, save_engram
+from karla_hf.modeling.stored_table_karla import first_to_merge
 
 
-def make_engram(packs=("a", "b"), rows=60):
-    config = KarlaConfig(
-        text_config=LlamaConfig(hidden_size=HIDDEN, num_attention_heads=1, vocab_size=VOCAB),
-        engram_rows_per_head=rows,
-        engram_num_heads=2,
-        engram_seed=3,
-    )
-    engram = new_engram(config, torch.randint(20, (VOCAB,)), pad_id=7)
-    for pack in packs:
-        write(engram, pack)
-    return engram
-
-
-def write(engram, pack):
-    """Claim random rows and fill them."""
-    table = engram.open_pack(pack)
-    names = Names(torch.randint(engram.constants.num_rows, (9, 4, 2)), torch.randint(1, 2**15, (9, 4)).short())
-    table.claim(names)
-    table.rows[table.owners != 0] = torch.randn(table.num_owned, table.rows.shape[1]).half()
-
-
-def find_in(folder):
-    return lambda name: str(folder / name) if (folder / name).exists() else None
-
-
-def load(folder, hidden=HIDDEN, vocab=VOCAB):
-    return load_engram(find_in(folder), hidden, vocab)
-
-
-def assert_same(ours, theirs):
-    assert list(ours.packs) == list(theirs.packs)
-    for pack, table in ours.packs.items():
-        assert torch.equal(table.rows, theirs.packs[pack].rows)
-        assert torch.equal(table.owners, theirs.packs[pack].owners)
-    for mine, other in zip(ours.constants, theirs.constants, strict=True):
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(other))
-    assert torch.equal(ours.coordinates, theirs.coordinates)
-    assert ours.families == theirs.families
-    assert torch.equal(ours.weights, theirs.weights)
-    assert ours.hidden_size == theirs.hidden_size
-
-
-def manifest_of(folder) -> dict:
-    return json.loads((folder / "engram" / "manifest.json").read_text())
-
-
-def pack_file(folder, pack) -> Path:
-    return folder / "engram" / next(entry["file"] for entry in manifest_of(folder)["packs"] if entry["name"] == pack)
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+SHA = "f" * 64
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A folder with a memory of two packs, and that memory."""
-    engram = make_engram()
-    save_engram(engram, tmp_path, "f" * 64)
+    engram = make_engram("ab")
+    save_engram(engram, tmp_path, SHA)
     return tmp_path, engram
 
 
+def times(folder) -> dict:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "engram").iterdir()}
+
+
 @pytest.mark.parametrize("packs", [(), ("a",), ("z", "a", "m")])
-def test_saved_memory_comes_back_exactly(tmp_path, packs):
-    engram = make_engram(packs)
-    save_engram(engram, tmp_path, "f" * 64)
-    loaded, tokenizer_sha256 = load(tmp_path)
+@pytest.mark.parametrize("layout", [{}, {"rows": 8}, {"rows": 8, "max_rows": 24}, {"periods": (1,)}, {"width": 3}])
+def test_saved_memory_comes_back_exactly(tmp_path, packs, layout):
+    engram = make_engram(packs, **layout)
+    for pack in engram.packs.values():
+        pack.sources += ["Über.txt", "b"]
+    save_engram(engram, tmp_path, SHA)
+    loaded, tokenizer_sha256 = load_engram(lambda name: str(tmp_path / name), 24, 50)
     assert_same(loaded, engram)
-    assert tokenizer_sha256 == "f" * 64
+    assert tokenizer_sha256 == SHA
+    assert loaded.damaged == {}
+    for seed in range(5):
+        for pack in packs:
+            write(engram, pack, seed=100 + seed)
+            write(loaded, pack, seed=100 + seed)
+    assert_same(loaded, engram)
+
+
+def test_tables_that_grew_and_lost_names_come_back(tmp_path):
+    engram = make_engram("a", rows=8, max_rows=24)
+    slowest = engram.packs["a"].levels[-1]
+    assert len(slowest.tables) == 2
+    assert slowest.lost > 0
+    save_engram(engram, tmp_path, None)
+    assert_same(load(tmp_path), engram)
 
 
 def test_empty_pack_comes_back(tmp_path):
-    engram = make_engram(())
+    engram = make_engram()
     engram.open_pack("empty")
     save_engram(engram, tmp_path, None)
-    loaded, tokenizer_sha256 = load(tmp_path)
-    assert_same(loaded, engram)
-    assert tokenizer_sha256 is None
+    assert_same(load(tmp_path), engram)
+    assert files_of_pack(tmp_path, "empty") == []
 
 
 def test_folder_without_a_memory_gives_none(tmp_path):
-    assert load(tmp_path) is None
+    assert load_engram(lambda name: None, 24, 50) is None
 
 
-def test_only_owned_rows_take_room(saved):
+def test_saving_again_writes_nothing(saved):
     folder, engram = saved
-    stored = load_file(pack_file(folder, "a"))
-    assert len(stored["index"]) == engram.packs["a"].num_owned < 0.5 * len(engram.packs["a"].owners)
-
-
-def test_saving_again_writes_nothing_new_and_keeps_no_old_file(saved):
-    folder, engram = saved
-    before, times = contents(folder), {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    save_engram(engram, folder, "f" * 64)
+    before, old = contents(folder), times(folder)
+    save_engram(engram, folder, SHA)
+    save_engram(load(folder), folder, SHA)
     assert contents(folder) == before
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == times
-    old = pack_file(folder, "a")
-    write(engram, "a")
-    del engram.packs["b"]
-    save_engram(engram, folder, "f" * 64)
-    assert not old.exists()
-    assert sorted(path.name for path in (folder / "engram").iterdir()) == sorted(
-        ["manifest.json", manifest_of(folder)["constants"]["file"], pack_file(folder, "a").name]
-    )
-    assert_same(load(folder)[0], engram)
+    assert times(folder) == old
 
 
-def test_manifest_tells_rows_and_digests(saved):
+def test_what_nothing_names_any_more_is_removed(saved):
     folder, engram = saved
-    manifest = manifest_of(folder)
-    assert [(pack["name"], pack["rows"]) for pack in manifest["packs"]] == [
-        (name, table.num_owned) for name, table in engram.packs.items()
-    ]
-    assert all(re.fullmatch("[0-9a-f]{64}", pack["sha256"]) for pack in manifest["packs"])
+    old = files_of_pack(folder, "b")
+    del engram.packs["b"]
+    (folder / "engram" / "notes.txt").write_text("not ours")
+    save_engram(engram, folder, SHA)
+    assert not any(path.exists() for path in old)
+    names = {path.name for path in (folder / "engram").iterdir()}
+    files = {path.name for path in files_of_pack(folder, "a")}
+    assert names == files | {"manifest.json", manifest_of(folder)["constants"]["file"], "notes.txt"}
+    assert_same(load(folder), engram)
+
+
+def test_only_what_changed_is_written(saved):
+    folder, engram = saved
+    before, old = contents(folder), times(folder)
+    table = engram.packs["a"].levels[-1].tables[0]
+    (slots,) = np.nonzero(table.names.reshape(-1))
+    names = table.names.reshape(-1)[slots[:3]]
+    table.add(names, torch.ones(3, 16))
+    save_engram(engram, folder, SHA)
+    (new,) = contents(folder).keys() - before.keys()
+    stored = load_file(folder / new)
+    assert sorted(stored["names"]) == sorted(names)
+    assert np.array_equal(stored["rows"], table.rows[stored["slots"]])
+    kept = {name: time for name, time in times(folder).items() if name != "manifest.json" and name in old}
+    assert kept.items() <= old.items()
+    assert len(kept) == len(old) - 1
+    assert_same(load(folder), engram)
+
+
+def test_level_that_was_emptied_has_no_file(tmp_path):
+    engram = make_engram("a")  # five steps: the fastest level holds one of them
+    save_engram(engram, tmp_path, None)
+    fast = files_of_pack(tmp_path, "a")[0]
+    for seed in range(3):
+        write(engram, "a", seed=50 + seed)
+    save_engram(engram, tmp_path, None)
+    assert [level.num_owned for level in engram.packs["a"].levels[:2]] == [0, 0]
+    assert not fast.exists()
+    assert_same(load(tmp_path), engram)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_hundred_saves_leave_few_files_and_the_same_memory(tmp_path, monkeypatch, dense):
+    monkeypatch.setattr(stored_table_karla, "DENSE_BYTES", 0 if dense else 1 << 60)
+    engram = make_engram()
+    names = torch.from_numpy(np.arange(1, 1500).reshape(-1, 1) * 7919 * 10**12 + 13).repeat(1, 2)
+    for seed in range(100):
+        write(engram, "a", seed=seed, count=6)
+        save_engram(engram, tmp_path, None)
+        loaded = load(tmp_path)
+        assert_same(loaded, engram)
+        assert torch.equal(loaded.read(names), engram.read(names))
+        assert all(len(table["files"]) <= 10 for table in manifest_of(tmp_path)["packs"][0]["levels"][-1]["tables"])
+        if seed % 7 == 0:
+            engram = loaded
+    files = manifest_of(tmp_path)["packs"][0]["levels"][-1]["tables"][0]["files"]
+    assert files[0]["dense"] is dense
+    assert not any(file["dense"] for file in files[1:])
+
+
+def test_merging_leaves_large_files_alone():
+    def first(sizes, fresh):
+        return first_to_merge([StoredFile("", "", 0, rows) for rows in sizes], fresh)
+
+    assert first([], 5) == 0
+    assert first([1], 1) == 1
+    assert first([1] * 8, 1) == 0
+    assert first([1000] + [1] * 8, 1) == 1
+    assert first([1000] + [1] * 8, 0) == 9
+    assert first([20, 10, *[1] * 8], 2) == 0
+    assert first([2**k for k in range(12, 3, -1)], 1) == 9
+
+
+def test_a_thousand_equal_writes_are_written_a_few_times_each():
+    files, written = [], 0
+    for _ in range(1000):
+        first = first_to_merge(files, 1)
+        rows = 1 + sum(stored.rows for stored in files[first:])
+        files = [*files[:first], StoredFile("", "", 0, rows)]
+        written += rows
+    assert len(files) <= 12
+    assert written <= 12 * 1000
+
+
+def test_dense_table_is_mapped_and_its_file_never_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_table_karla, "DENSE_BYTES", 0)
+    engram = make_engram("a", periods=(1,), rows=128)
+    save_engram(engram, tmp_path, None)
+    (path,) = files_of_pack(tmp_path, "a")
+    before = path.read_bytes()
+    stored = load_file(path)
+    table = engram.packs["a"].levels[0].tables[0]
+    assert np.array_equal(stored["names"], table.names)
+    assert np.array_equal(stored["rows"], table.rows)
+    assert (8 + int.from_bytes(before[:8], "little")) % 64 == 0
+    loaded = load(tmp_path)
+    mapped = loaded.packs["a"].levels[0].tables[0]
+    assert not mapped.rows.flags.owndata
+    assert mapped.names.ctypes.data % 64 == mapped.rows.ctypes.data % 64 == 0
+    write(loaded, "a", seed=77)
+    assert path.read_bytes() == before
+    save_engram(loaded, tmp_path, None)
+    assert path.read_bytes() == before
+    assert len(files_of_pack(tmp_path, "a")) == 2
+    assert_same(load(tmp_path), loaded)
+
+
+def test_nothing_of_what_a_level_forgot_is_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_table_karla, "DENSE_BYTES", 0)
+    engram = make_engram("a", periods=(1,), rows=16)
+    table = engram.packs["a"].levels[0].tables[0]
+    table.clear()
+    assert table.rows.any()
+    table.claim(np.arange(1, 9) << 33)
+    save_engram(engram, tmp_path, None)
+    assert not load_file(files_of_pack(tmp_path, "a")[0])["rows"].any()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_another_folder_gets_everything_and_the_first_can_be_saved_to_again(saved, tmp_path, monkeypatch, linked):
+    monkeypatch.setattr(files_karla, "LINKED_BYTES", 0 if linked else 1 << 60)
+    first, engram = saved
+    other = tmp_path / "other"
+    write(engram, "a", seed=90)
+    save_engram(engram, other, SHA)
+    assert_same(load(other), engram)
+    assert load(first).packs["a"].tokens < engram.packs["a"].tokens
+    shared = {path.stat().st_ino for path in (first / "engram").iterdir()}
+    assert bool(shared & {path.stat().st_ino for path in (other / "engram").iterdir()}) is linked
+    save_engram(engram, first, SHA)
+    assert_same(load(first), engram)
+    assert contents(first / "engram") == contents(other / "engram")
+
+
+def test_folder_that_vanished_is_made_up_for(saved, tmp_path):
+    first, engram = saved
+    save_engram(engram, tmp_path / "other", SHA)
+    write(engram, "a", seed=90)
+    save_engram(engram, tmp_path / "other", SHA)
+    for path in (tmp_path / "other" / "engram").iterdir():
+        path.unlink()
+    for path in files_of_pack(first, "b"):
+        path.unlink()
+    save_engram(engram, first, SHA)
+    assert_same(load(first), engram)
+
+
+def test_table_on_arrays_of_its_own_is_saved(tmp_path):
+    engram = make_engram("a", periods=(1,))
+    table = engram.packs["a"].levels[0].tables[0]
+    engram.packs["a"].levels[0].tables[0] = type(table).from_arrays(table.names, table.rows, table.num_owned)
+    save_engram(engram, tmp_path, None)
+    assert_same(load(tmp_path), engram)
+
+
+def test_manifest_tells_what_a_pack_is(tmp_path):
+    engram = make_engram("a")
+    engram.made_with = {"backbone": "some/model", "revision": "main", "source": None, "seed": 3}
+    engram.packs["a"].sources.append("notes.txt")
+    save_engram(engram, tmp_path, SHA)
+    manifest = manifest_of(tmp_path)
+    assert (manifest["schema"], manifest["hidden_size"], manifest["tokenizer_sha256"]) == (2, 24, SHA)
+    assert manifest["layout"] == {
+        "width": 16, "chunk_size": 4, "update_periods": [1, 2, 4], "num_rows": 64, "max_rows": None
+    }  # fmt: skip
+    (entry,) = manifest["packs"]
+    assert entry["made_with"] == engram.made_with
+    assert (entry["sources"], entry["tokens"], entry["step"]) == (["notes.txt"], 60, 5)
+    assert entry["rows"] == engram.packs["a"].num_owned
+    files = [file for level in entry["levels"] for table in level["tables"] for file in table["files"]]
+    for file in (manifest["constants"], *files):
+        assert re.fullmatch("[0-9a-f]{64}", file["sha256"])
+        assert file["file"].endswith(f"-{file['sha256'][:16]}.safetensors")
+        assert os.path.getsize(tmp_path / "engram" / file["file"]) == file["size"]
+    constants = load_file(tmp_path / "engram" / manifest["constants"]["file"])
+    assert set(constants) == {
+        "multipliers", "token_map", "pad_id", "orders", "weights", "sentences", "boundaries"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-9", "0", "x" * 64])
-def test_allowed_pack_names(name):
+def test_allowed_pack_names(name, tmp_path):
     check_pack_name(name)
+    engram = make_engram([name])
+    save_engram(engram, tmp_path, None)
+    assert_same(load(tmp_path), engram)
 
 
-@pytest.mark.parametrize("name", ["", ".a", "-a", "a/b", "../a", "a b", "ä", "x" * 65, "a\n"])
+@pytest.mark.parametrize("name", ["", ".a", "-a", "a/b", "../a", "a b", "ä", "x" * 65, "a\n", None, 7])
 def test_other_pack_names_are_refused(name):
     with pytest.raises(ValueError, match=r"is not allowed; use letters, digits"):
         check_pack_name(name)
@@ -150,151 +277,13 @@ def test_other_pack_names_are_refused(name):
 
 @pytest.mark.parametrize("name", ["constants", "manifest.json", "CON"])
 def test_pack_may_be_called_like_another_file(tmp_path, name):
-    engram = make_engram((name,))
+    engram = make_engram([name])
     save_engram(engram, tmp_path, None)
-    assert_same(load(tmp_path)[0], engram)
+    assert_same(load(tmp_path), engram)
 
 
-DAMAGES = {
-    "truncated": lambda data: data[:-1],
-    "flipped": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "emptied": lambda data: b"",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("which", ["constants", "a"])
-def test_damaged_file_is_named(saved, which, damage):
-    folder, _ = saved
-    path = next((folder / "engram").glob(f"{which}-*.safetensors"))
-    path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with pytest.raises(OSError, match=rf"{re.escape(str(path))} is damaged .*; restore it from a good copy\.$"):
-        load(folder)
-
-
-def test_missing_file_is_named(saved):
-    folder, _ = saved
-    path = pack_file(folder, "b")
-    path.unlink()
-    with pytest.raises(OSError, match=rf"engram/{path.name} is named by the manifest but missing; restore it"):
-        load(folder)
-
-
-def edit_manifest(folder, change):
-    manifest = manifest_of(folder)
-    change(manifest)
-    (folder / "engram" / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize(
-    "file", ["../x", "../x.safetensors", "/etc/passwd", "a/b.safetensors", "manifest.json", ".a.safetensors", 7]
-)
-def test_manifest_cannot_name_a_file_elsewhere(saved, file):
-    folder, _ = saved
-    edit_manifest(folder, lambda manifest: manifest["packs"][0].update(file=file))
-    with pytest.raises(OSError, match=r"is no manifest of a memory \(.*\); restore the folder from a good copy\.$"):
-        load(folder)
-
-
-BROKEN_MANIFESTS = ["", "{", "[]", "{}", "null", '{"constants": {}, "packs": [], "schema": 1}', "\x80"]
-
-
-@pytest.mark.parametrize("text", BROKEN_MANIFESTS)
-def test_broken_manifest_is_named(saved, text):
-    folder, _ = saved
-    (folder / "engram" / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(OSError, match=r"manifest\.json is no manifest of a memory \(.*\); restore the folder"):
-        load(folder)
-
-
-def test_every_missing_entry_of_the_manifest_is_named(saved):
-    folder, _ = saved
-    whole = (folder / "engram" / "manifest.json").read_text()
-    for key in json.loads(whole):
-        edit_manifest(folder, lambda manifest, key=key: manifest.pop(key))
-        with pytest.raises(OSError, match=rf"is no manifest of a memory \('{key}'\); restore the folder"):
-            load(folder)
-        (folder / "engram" / "manifest.json").write_text(whole)
-    for key in ("name", "file", "sha256"):
-        edit_manifest(folder, lambda manifest, key=key: manifest["packs"][1].pop(key))
-        with pytest.raises(OSError, match=rf"is no manifest of a memory \('{key}'\); restore the folder"):
-            load(folder)
-        (folder / "engram" / "manifest.json").write_text(whole)
-
-
-@pytest.mark.parametrize("name", ["../a", "", 7, None])
-def test_pack_name_in_the_manifest_is_checked(saved, name):
-    folder, _ = saved
-    edit_manifest(folder, lambda manifest: manifest["packs"][0].update(name=name))
-    with pytest.raises(OSError, match=r"is no manifest of a memory \(.*\); restore the folder"):
-        load(folder)
-
-
-def test_other_schema_is_refused(saved):
-    folder, _ = saved
-    edit_manifest(folder, lambda manifest: manifest.update(schema=2))
-    with pytest.raises(ValueError, match="has schema 2, but this version reads schema 1; use a matching version"):
-        load(folder)
-
-
-def test_memory_of_another_width_is_refused(saved):
-    with pytest.raises(ValueError, match=r"for hidden size 24, but the backbone has 32; use the backbone that"):
-        load(saved[0], hidden=32)
-
-
-def test_memory_of_another_vocabulary_is_refused(saved):
-    with pytest.raises(
-        ValueError, match=r"maps 50 token ids, but the backbone has 51; use the backbone and tokenizer"
-    ):
-        load(saved[0], vocab=51)
-
-
-def full_disk(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def half_written_text(path, text, **kwargs):
-    path.write_bytes(text.encode()[: len(text) // 2])
-    full_disk()
-
-
-def half_written_tensors(tensors, path):
-    Path(path).write_bytes(b"half")
-    full_disk()
-
-
-FULL_DISKS = {
-    "tensors": (packs_karla, "save_file", half_written_tensors),
-    "manifest": (Path, "write_text", half_written_text),
-    "rename": (os, "replace", full_disk),
-    "sync": (os, "fsync", full_disk),
-}
-
-
-@pytest.mark.parametrize("step", FULL_DISKS)
-def test_full_disk_at_any_step_leaves_what_was_there(saved, monkeypatch, step):
-    folder, engram = saved
-    before = contents(folder)
-    write(engram, "a")
-    write(engram, "c")
-    with monkeypatch.context() as patch:
-        patch.setattr(*FULL_DISKS[step])
-        with pytest.raises(OSError, match="No space left on device"):
-            save_engram(engram, folder, "f" * 64)
-    old, _ = load(folder)
-    assert list(old.packs) == ["a", "b"]
-    assert {name: data for name, data in contents(folder).items() if name in before} == before
-    save_engram(engram, folder, "f" * 64)
-    assert_same(load(folder)[0], engram)
-    assert len(contents(folder)) == 5
-
-
-def test_leftovers_of_a_killed_save_are_not_read(saved):
-    folder, engram = saved
-    (folder / "engram" / ".saving-xyz").mkdir()
-    (folder / "engram" / ".saving-xyz" / "tensors").write_bytes(b"half")
-    (folder / "engram" / "a-0123456789abcdef.safetensors").write_bytes(b"half")
-    assert_same(load(folder)[0], engram)
-    save_engram(engram, folder, "f" * 64)
-    assert_same(load(folder)[0], engram)
-    assert not (folder / "engram" / "a-0123456789abcdef.safetensors").exists()
+def test_saving_does_not_change_the_memory(saved, tmp_path):
+    _, engram = saved
+    before = state(engram)
+    save_engram(engram, tmp_path / "x", SHA)
+    assert state(engram) == before

@@ -1,0 +1,109 @@
+"""The manifest of a memory: what it must say, and the files that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from .files_karla import StoredFile
+from .table_karla import BUCKET
+
+
+SCHEMA = 2
+FOLDER = "engram"
+MANIFEST = "manifest.json"
+_PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LAYOUT = {"width": int, "chunk_size": int, "update_periods": list, "num_rows": int, "max_rows": int | None}
+_PACK = {"made_with": dict, "sources": list, "tokens": int, "step": int, "rows": int, "levels": list}
+
+
+def check_pack_name(name: str) -> None:
+    """Raise ValueError unless `name` can be the name of a pack (letters, digits, `.`, `_`, `-`; at most 64).
+
+    Example:
+        >>> check_pack_name("handbook-2026")
+    """
+    if not isinstance(name, str) or not _PACK_NAME.fullmatch(name):
+        raise ValueError(f"The pack name {name!r} is not allowed; use letters, digits, '.', '_' and '-', at most 64.")
+
+
+def parse_manifest(path: str | Path, data: bytes) -> dict:
+    """Check a manifest and return it.
+
+    Args:
+        path: where it was read, for messages.
+        data: its content.
+
+    Raises:
+        OSError: if it is damaged, or names a file outside its folder.
+        ValueError: if it has another schema.
+    """
+    try:
+        manifest = json.loads(data)
+        schema = manifest["schema"]
+        if schema == SCHEMA:
+            _check(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"{path} is no manifest of a memory ({error}); restore the folder from a good copy.") from error
+    if schema != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {schema}, but this version reads schema {SCHEMA}; use a matching version."
+        )
+    return manifest
+
+
+def files_of(manifest: dict) -> Iterator[StoredFile]:
+    """All files that a manifest names."""
+    yield stored_file(manifest["constants"])
+    for pack in manifest["packs"]:
+        yield from files_of_pack(pack)
+
+
+def files_of_pack(pack: dict) -> Iterator[StoredFile]:
+    """The files that an entry of a manifest names for a pack."""
+    for level in pack["levels"]:
+        for table in level["tables"]:
+            yield from map(stored_file, table["files"])
+
+
+def stored_file(entry: dict) -> StoredFile:
+    """A file as an entry of a manifest names it. Raises ValueError or TypeError if that is no file of a folder."""
+    return StoredFile(**entry).check()
+
+
+def _check(manifest: dict) -> None:
+    if manifest["tokenizer_sha256"] is not None and not isinstance(manifest["tokenizer_sha256"], str):
+        raise ValueError("tokenizer_sha256 is no text")
+    _check_types({"hidden_size": int, "layout": dict, "made_with": dict, "packs": list}, manifest)
+    _check_types(_LAYOUT, manifest["layout"])
+    stored_file(manifest["constants"])
+    names = set()
+    for pack in manifest["packs"]:
+        check_pack_name(pack["name"])
+        if pack["name"] in names:
+            raise ValueError(f"it has two packs {pack['name']!r}")
+        names.add(pack["name"])
+        _check_types(_PACK, pack)
+        if not all(isinstance(source, str) for source in pack["sources"]):
+            raise ValueError(f"the sources of pack {pack['name']!r} are no texts")
+        if len(pack["levels"]) != len(manifest["layout"]["update_periods"]):
+            raise ValueError(f"pack {pack['name']!r} has {len(pack['levels'])} levels")
+        for level in pack["levels"]:
+            _check_types({"lost": int, "tables": list}, level)
+            if not level["tables"]:
+                raise ValueError(f"pack {pack['name']!r} has a level without a table")
+            for table in level["tables"]:
+                _check_types({"num_rows": int, "files": list}, table)
+                if table["num_rows"] < BUCKET or table["num_rows"] % BUCKET:
+                    raise ValueError(f"pack {pack['name']!r} has a table of {table['num_rows']} rows")
+        for _ in files_of_pack(pack):
+            pass
+
+
+def _check_types(expected: dict, found: dict) -> None:
+    for key, kind in expected.items():
+        value = found[key]
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"{key} is {value!r}")
