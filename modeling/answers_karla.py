@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cues_karla import cues_to_write
+from .cues_karla import cues_to_read, cues_to_write
 from .engram_karla import Engram, Pack
 from .hashing_karla import NO_NAME
 from .words_karla import Lexicon
@@ -111,20 +111,23 @@ def _store(pack: Pack, names: np.ndarray, rows: torch.Tensor, sign: int) -> None
     pack.add(chosen[kept], change[todo][torch.from_numpy(kept)])
 
 
-def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+def read_answers(engram: Engram, history: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """What the memory adds where cues lead somewhere.
 
     The opening decides if it is known; otherwise the row that most other rows agree with. The newest pack comes first.
 
     Args:
-        engram: the memory.
-        cues: [..., K] int64 from `cues_to_read`.
-        names: [..., F] int64 n-gram names of the same positions.
-        memory: [..., D] float32, what the n-grams add. Not modified.
+        engram: the memory; without a lexicon it has no cues.
+        history: [B, N] int64 token ids, `NO_TOKEN` where there is none, with `engram.reach` tokens before the first position.
+        names: [B, T, F] int64 n-gram names of the last T positions.
+        memory: [B, T, D] float32, what the n-grams add there. Not modified.
 
     Returns:
-        [..., D] float32 on the CPU.
+        [B, T, D] float32 on the CPU.
     """
+    if engram.lexicon is None:
+        return memory
+    cues = cues_to_read(history, engram.lexicon, names.shape[1])
     asked = (cues != NO_NAME).any(-1)
     if not bool(asked.any()):
         return memory

@@ -23,7 +23,6 @@ from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
-from .cues_karla import cues_to_read
 from .engram_karla import new_engram
 from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions, sentence_boundaries
 from .layer_engram_karla import LayerEngram
@@ -199,10 +198,7 @@ class KarlaModel(KarlaPreTrainedModel):
         engram, length = self.memory, self.memory.reach + keep
         history = nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
         names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
-        memory = engram.read(names)
-        if engram.lexicon is None:
-            return memory
-        return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
+        return read_answers(engram, history, names, engram.read(names))
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""

@@ -6,6 +6,7 @@ import torch
 from karla_hf.modeling.answers_karla import MARGIN, say_rows, write_answers
 from karla_hf.modeling.cues_karla import HISTORY, MAX_PAIRS, cues_to_read, cues_to_write
 from karla_hf.modeling.hashing_karla import NO_NAME, NO_TOKEN
+from karla_hf.modeling.packs_karla import load_engram
 from karla_hf.modeling.reference_cues import naive_opening, naive_pairs
 from karla_hf.modeling.words_karla import Lexicon
 
@@ -210,6 +211,15 @@ def test_another_pack_is_forgotten_with_its_answers(asking):
     assert answer(karla, ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?"]) == ANSWER
     karla.forget("default")
     assert answer(karla, ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?"]) != ANSWER
+
+
+def test_a_saved_memory_answers_as_before(asking, tmp_path):
+    karla, read = asking
+    read(FACT)
+    karla.save_memory(tmp_path)
+    engram, _ = load_engram(lambda name: str(tmp_path / name), 64, 300)
+    karla.set_engram(engram, None)
+    assert answer(karla, ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?"]) == ANSWER
 
 
 def test_decoding_in_parts_and_padding_equal_the_full_pass(asking):
