@@ -1,11 +1,11 @@
-"""Answers: the rows that cues lead to, how they are written, and how several of them agree.
+"""Answers: the rows that cues lead to, how they are written, and which of them is heard.
 
 A cue's row says its token whatever the context: v_y is a short vector on the first `width` coordinates with
 
     v_y . (W_y - W_k) >= MARGIN      for every other token k,
 
 found by projecting on the most violated half-space in turn (the perceptron with margin, Kaczmarz's step). It replaces
-what n-grams say at its position. Pairs keep silent where an n-gram of `COPY_ORDER` tokens or more is known: there a text
+what n-grams say at its position. Sets of words keep silent where an n-gram of `COPY_ORDER` tokens or more is known: there a text
 goes on as it was read. A cue that has led to two different tokens leads nowhere: its row is zero from then on.
 """
 
@@ -114,7 +114,7 @@ def _store(pack: Pack, names: np.ndarray, rows: torch.Tensor, sign: int) -> None
 def read_answers(engram: Engram, history: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """What the memory adds where cues lead somewhere.
 
-    The opening decides if it is known; otherwise the row that most other rows agree with. The newest pack comes first.
+    The opening decides if it leads somewhere; otherwise the most telling set of words that does. The newest pack comes first.
 
     Args:
         engram: the memory; without a lexicon it has no cues.
@@ -128,25 +128,19 @@ def read_answers(engram: Engram, history: torch.Tensor, names: torch.Tensor, mem
     if engram.lexicon is None:
         return memory
     cues = cues_to_read(history, engram.lexicon, names.shape[1])
-    asked = (cues != NO_NAME).any(-1)
-    if not bool(asked.any()):
-        return memory
-    wanted, grams = cues[asked].numpy(), names[asked].numpy()
-    packs = list(engram.packs.values())[::-1]
-    rows = torch.stack([pack.read(wanted.reshape(-1)).view(*wanted.shape, -1) for pack in packs], dim=2)
-    hits = rows.any(-1)  # [P, K, packs]
-    opening = hits[:, 0].any(-1)
-    copied = grams[:, [family.order >= COPY_ORDER for family in engram.families]]
-    going_on = torch.zeros(copied.shape, dtype=torch.bool)
-    for pack in packs:
-        going_on |= torch.from_numpy(pack.holds(copied.reshape(-1))).view(going_on.shape)
-    hits[:, 1:] &= ~(opening | going_on.any(-1))[:, None, None]
-    rows, hits = rows.flatten(1, 2), hits.flatten(1, 2)
-    unit = torch.nn.functional.normalize(rows, dim=-1) * hits[..., None]
-    votes = torch.einsum("pkw,pjw->pk", unit, unit).masked_fill(~hits, -torch.inf)
-    chosen = rows[torch.arange(len(rows)), votes.argmax(-1)] * torch.where(opening, OPENING_SHARE, 1.0)[:, None]
-    use = hits.any(-1)
-    result = memory.clone()
-    places = tuple(part[use] for part in asked.nonzero(as_tuple=True))
-    result[places] = torch.nn.functional.pad(chosen[use], (0, memory.shape[-1] - rows.shape[-1]))
+    places = (cues != NO_NAME).nonzero()  # [M, 3]
+    wanted = cues[tuple(places.T)].numpy()
+    first: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+    for pack in reversed(engram.packs.values()):
+        (held,) = np.nonzero(pack.holds(wanted))
+        for (text, at, rank), row in zip(places[held].tolist(), pack.read(wanted[held]), strict=True):
+            if bool(row.any()) and rank < first.get((text, at), (rank + 1, row))[0]:
+                first[text, at] = rank, row
+    copied = [number for number, family in enumerate(engram.families) if family.order >= COPY_ORDER]
+    result = memory.clone() if first else memory
+    for (text, at), (rank, row) in first.items():
+        grams = names[text, at, copied].numpy()
+        if rank == 0 or not any(pack.holds(grams).any() for pack in engram.packs.values()):
+            share = OPENING_SHARE if rank == 0 else 1.0
+            result[text, at] = torch.nn.functional.pad(row * share, (0, memory.shape[-1] - len(row)))
     return result
