@@ -263,7 +263,12 @@ class _Candidates(NamedTuple):
 
     def select(self, index: torch.Tensor) -> _Candidates:
         """The positions at `index`."""
-        return _Candidates(*(part[index] for part in self[:4]), self.mean_embedding)
+        return self._replace(
+            logits=self.logits[index],
+            embeddings=self.embeddings[index],
+            duplicate=self.duplicate[index],
+            rest=self.rest[index],
+        )
 
     def direction(self, moved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """d = W_y - mean competitor, [P, D], and the log-odds of y, [P], after the memory has moved by [P, D]."""
