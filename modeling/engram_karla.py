@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants
 from .nested_karla import Clock, LevelSpec
+from .ranks_karla import ALONE
 from .table_karla import EngramTable, spread
 
 
@@ -139,6 +140,20 @@ class Level:
         self.tables[0].clear()
 
 
+class PackCount(NamedTuple):
+    """Rows of a pack.
+
+    Attributes:
+        owned: rows that have a name, over all levels.
+        lost: names that found no row.
+        rows: rows of the slowest level.
+    """
+
+    owned: int
+    lost: int
+    rows: int
+
+
 class Pack:
     """One body of reading.
 
@@ -191,6 +206,10 @@ class Pack:
         """Names that have a row over the rows of the slowest level."""
         return self.num_owned / self.levels[-1].num_rows
 
+    def count(self) -> PackCount:
+        """Rows of the whole pack, also where its rows are spread over processes."""
+        return PackCount(self.num_owned, self.num_lost, self.levels[-1].num_rows)
+
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give names [N] int64 rows in the fastest level; returns [N] bool, which have one."""
         return self.levels[0].claim(names)
@@ -225,6 +244,7 @@ class Engram:
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
         starts: first coordinate of the hidden state that each family owns, of `layout.width` that wrap around at the end.
+        ranks: the processes that read together.
     """
 
     def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
@@ -234,7 +254,7 @@ class Engram:
         self.made_with: dict = {}
         self.weights = torch.tensor([family.weight for family in families])
         self.packs: dict[str, Pack] = {}
-        self.enabled = True
+        self.enabled, self.ranks = True, ALONE
         self.starts = [family * layout.hidden_size // len(families) for family in range(len(families))]
 
     @property
