@@ -154,9 +154,8 @@ class RowGate(nn.Module):
         Returns:
             Y [B, T, D], and the inputs of the convolution at these positions [B, T, D].
         """
-        score = (self.norm_query(hidden) * self.norm_key(self.key(rows))).sum(-1, keepdim=True) / hidden.shape[
-            -1
-        ] ** 0.5
+        query, key = self.norm_query(hidden), self.norm_key(self.key(rows))
+        score = (query * key).sum(-1, keepdim=True) / query.shape[-1] ** 0.5
         score = score.sign() * score.abs().clamp(min=_LEAST_SCORE).sqrt()
         value = (torch.sigmoid(score) * self.value(rows)).masked_fill(~valid, 0.0)
         new = self.norm_value(value)
