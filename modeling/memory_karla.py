@@ -124,7 +124,10 @@ class KarlaMemoryMixin:
             OSError: if the folder holds something or cannot be written, or the pack is damaged.
         """
         self._describe_backbone()
-        export_pack(self.engram, name, folder, self.tokenizer_sha256)
+        find_pack(self.engram, name)
+        engram = self.collect_memory()
+        if engram is not None:
+            export_pack(engram, name, folder, self.tokenizer_sha256)
 
     def import_pack(self, folder: str | os.PathLike, name: str | None = None) -> str:
         """Add a pack that was exported; returns its name.
@@ -139,7 +142,10 @@ class KarlaMemoryMixin:
             OSError: if the folder holds no pack, or a file is damaged.
         """
         self._describe_backbone()
-        return import_pack(self.engram, folder, name, self.tokenizer_sha256)
+        name = import_pack(self.engram, folder, name, self.tokenizer_sha256)
+        if isinstance(self.engram, ShardedEngram):
+            self.engram.take_pack(name, self.engram.packs[name])
+        return name
 
     def merge_packs(self, names: Sequence[str], into: str) -> None:
         """Replace packs by one whose rows are their sums, the same in whatever order they are named.
@@ -165,18 +171,19 @@ class KarlaMemoryMixin:
     def distribute(self, mode: str = "replicated", group=None) -> None:
         """Read with all processes that `torchrun` or `accelerate launch` started; every process calls this.
 
-        From here on every process calls `read` and `forget` with the same arguments. `read` divides the work of the
+        From here on every process calls what changes or saves the memory, with the same arguments. `read` divides the work of the
         backbone; what it writes is what one process would write. A memory that replaces this one is not distributed.
 
         Args:
             mode: `"replicated"`: every process holds all rows, mapped from the same files where they were loaded; for one
                 machine. `"sharded"`: process `name mod world` holds a row; for several machines. Then also
-                `forward`, `generate` (with `synced_gpus=True`) and `collect_memory` are collectives, which all
-                processes call in step.
+                `forward`, `generate` (with `synced_gpus=True`) and saving are collectives, which all processes call in
+                step.
             group: processes that read together, with a backend for CPU tensors; None for a new gloo group of all.
 
         Raises:
             ValueError: for an unknown mode, without a process group, or if the memory is sharded already.
+            OSError: if files of a pack that is to be sharded are damaged.
         """
         if mode not in ("replicated", "sharded"):
             raise ValueError(f"mode is {mode!r}; give 'replicated' (one machine) or 'sharded' (several machines).")
@@ -190,6 +197,8 @@ class KarlaMemoryMixin:
         ranks = Ranks(distributed.new_group(backend="gloo") if group is None else group)
         ranks.check_same({name: (pack.clock.step, pack.count()) for name, pack in self.engram.packs.items()})
         if mode == "sharded":
+            for name in self.engram.packs:
+                check_undamaged(self.engram, name)
             self.set_engram(shard(self.engram, ranks), self.tokenizer_sha256)
         else:
             self.engram.ranks = ranks

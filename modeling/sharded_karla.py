@@ -128,7 +128,7 @@ def shard(engram: Engram, ranks: Ranks) -> ShardedEngram:
         ranks: the processes.
     """
     sharded = ShardedEngram(engram.constants, engram.families, engram.layout, ranks)
-    sharded.enabled = engram.enabled
+    sharded.enabled, sharded.made_with = engram.enabled, engram.made_with
     for name, pack in engram.packs.items():
         sharded.take_pack(name, pack)
     return sharded
@@ -144,7 +144,7 @@ def collect(engram: Engram) -> Engram | None:
     if not isinstance(engram, ShardedEngram):
         return engram if ranks.rank == 0 else None
     whole = Engram(engram.constants, engram.families, engram.layout)
-    whole.enabled = engram.enabled
+    whole.enabled, whole.made_with = engram.enabled, engram.made_with
     for name, pack in engram.packs.items():
         target = whole.open_pack(name)
         _copy_history(pack, target)

@@ -71,7 +71,7 @@ def read_and_look(karla):
     """Read, unlearn, read into another pack, and look: everything that the tests compare."""
     texts, tokenizer = make_texts(), make_tokenizer()
     ids = torch.stack([tokenizer(text, return_tensors="pt")["input_ids"][0, :30] for text in (texts[0], texts[2])])
-    seen = {"reports": [], "windows": [], "before": karla(ids).logits}
+    seen = {"ids": ids, "reports": [], "windows": [], "before": karla(ids).logits}
 
     def read(text, pack, **options):
         seen["windows"].append([])
@@ -117,6 +117,16 @@ def work(folder: Path):
         packs = karla.engram.packs.values()
         seen[mode]["own names"] = [torch.from_numpy(level.items()[0]) for pack in packs for level in pack.levels]
         seen[mode]["copy"] = contents(copy.deepcopy(karla).collect_memory())
+        karla.save_pretrained(folder / f"{mode}-{rank}")
+        karla.export_pack("a", folder / f"{mode}-a-{rank}")
+        distributed.barrier()
+        karla.import_pack(folder / f"{mode}-a-0", "again")
+        again = karla.collect_memory()
+        seen[mode]["again"] = contents(again) if again is None else contents(again)["again"]
+        karla.forget("again")
+        loaded = KarlaForCausalLM.from_pretrained(folder / f"{mode}-0")
+        loaded.distribute("sharded")
+        seen[mode]["loaded"] = contents(loaded.collect_memory())
         seen[mode]["other texts"] = refusal(karla.read, texts[rank], tokenizer, progress=False)
         seen[mode]["other packs"] = refusal(karla.read, texts[0], tokenizer, pack=f"p{rank}", progress=False)
     karla = make_karla()
@@ -134,14 +144,14 @@ def work(folder: Path):
 
 
 def launch(count: int, folder: Path):
-    """Run `work` in `count` processes; returns what each of them saw."""
+    """Run `work` in `count` processes; returns what each of them saw, and leaves there what they saved."""
     root = Path(karla_hf.__file__).parents[1]
     here = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(count), __file__, str(folder)]
     run = subprocess.run(command, env=os.environ | here, cwd=root, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+    return [torch.load(folder / f"{rank}.pt") | {"folder": folder} for rank in range(count)]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -225,6 +235,23 @@ def test_sharding_and_collecting_keep_every_bit(ranks):
     for (names, rows), (other_names, other_rows) in zip(before["levels"], after["levels"], strict=True):
         assert torch.equal(names, other_names)
         assert torch.equal(rows, other_rows)
+
+
+@MODES
+def test_rank_0_saves_what_one_process_and_several_can_load(ranks, alone, mode):
+    folder = ranks[0]["folder"]
+    assert not any((folder / f"{mode}-{number}").exists() for number in range(1, len(ranks)))
+    loaded = KarlaForCausalLM.from_pretrained(folder / f"{mode}-0")
+    assert_same_contents(contents(loaded.engram), alone["memory at the end"])
+    assert_same_contents(ranks[0][mode]["loaded"], alone["memory at the end"])
+    torch.testing.assert_close(loaded(alone["ids"]).logits, alone["at the end"])
+
+
+@MODES
+def test_a_pack_is_exported_once_and_imported_by_all(ranks, mode):
+    folder = ranks[0]["folder"]
+    assert not any((folder / f"{mode}-a-{number}").exists() for number in range(1, len(ranks)))
+    assert_same_contents({"a": ranks[0][mode]["again"]}, {"a": ranks[0][mode]["memory at the end"]["a"]})
 
 
 def test_where_rows_are_limited_all_ranks_agree_on_what_is_lost(ranks):
