@@ -41,6 +41,7 @@ class KarlaConfig(PreTrainedConfig):
         engram_chunk_size: positions written together: one step of the memory's clock.
         engram_update_periods: chunks between two changes of each level of the memory; the first is 1, and each is a
             multiple of the one before.
+        engram_cues: whether what is read is also stored under the words around it, to be found by a question.
         engram_seed: seed of hash multipliers and coordinates, used once, when a model is made.
         engram_layer_ids: blocks of the backbone, from 0, before which a module with trained rows is inserted; None
             inserts none.
@@ -92,6 +93,7 @@ class KarlaConfig(PreTrainedConfig):
     engram_max_rows: int | None = None
     engram_chunk_size: int = 64
     engram_update_periods: list[int] | tuple[int, ...] = (1, 8, 64)
+    engram_cues: bool = True
     engram_seed: int = 0
     engram_layer_ids: list[int] | None = None
     engram_layer_orders: list[int] | tuple[int, ...] = (2, 3)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import distributed
 
+from .answers_karla import write_answers
 from .engram_karla import Engram
 from .exchange_karla import export_pack, find_pack, import_pack, merge_packs
 from .manifest_karla import check_pack_name
@@ -95,6 +96,10 @@ class KarlaMemoryMixin:
                 sign=sign,
                 progress=progress,
             )
+            if self.engram.lexicon is not None:
+                weight, _ = self.model.output_projection()
+                ids = [text.tolist() for text in encoded]
+                write_answers(self.engram.lexicon, self.engram.packs[pack], ids, weight, sign)
         finally:
             self.train(was_training)
         if sign > 0 and title is not None:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from .answers_karla import read_answers
 from .attention_karla import cut_blocks
 from .backbone_karla import load_backbone, load_tokenizer, quantization_config, resolve_backbone, split_backbone
 from .bitlinear_karla import set_packed
@@ -22,6 +23,7 @@ from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
+from .cues_karla import cues_to_read
 from .engram_karla import new_engram
 from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions, sentence_boundaries
 from .layer_engram_karla import LayerEngram
@@ -33,6 +35,7 @@ from .pretrained_karla import (
     finish_logits,
     logit_scale,
 )
+from .words_karla import Lexicon
 
 
 class KarlaModel(KarlaPreTrainedModel):
@@ -167,7 +170,7 @@ class KarlaModel(KarlaPreTrainedModel):
         """This model's layer of a cache, appended if the cache held nothing (`past` 0) before."""
         if self.layer_engram is not None:
             self.layer_engram.cache_layer(cache, past)
-        reach = max(self.config.ctm_window - 1, self.memory.history)
+        reach = max(self.config.ctm_window - 1, self.memory.reach)
         return karla_layer(cache, keep=reach, slack=self.config.ctm_window, past=past)
 
     def _remember(self, input_ids, attention_mask, out, cache, past, keep):
@@ -193,9 +196,13 @@ class KarlaModel(KarlaPreTrainedModel):
         """What the memory adds to the last `keep` positions, [B, keep, D]; one zero where it holds nothing."""
         if not self.memory.active:
             return torch.zeros(())
-        history = history[:, -(self.memory.history + keep) :]
-        history = nn.functional.pad(history, (self.memory.history + keep - history.shape[1], 0), value=NO_TOKEN)
-        return self.memory.read(name_positions(history, self.memory.families, self.memory.constants))
+        engram, length = self.memory, self.memory.reach + keep
+        history = nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
+        names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
+        memory = engram.read(names)
+        if engram.lexicon is None:
+            return memory
+        return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""
@@ -317,7 +324,10 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         size = self.config.text_config.vocab_size
         maps = compress_vocabulary(tokenizer, size), sentence_boundaries(tokenizer, size)
-        self.set_engram(new_engram(self.config, *maps, pad), tokenizer_hash(tokenizer))
+        engram = new_engram(self.config, *maps, pad)
+        if self.config.engram_cues:
+            engram.lexicon = Lexicon.from_tokenizer(tokenizer, size)
+        self.set_engram(engram, tokenizer_hash(tokenizer))
         if self.model.layer_engram is not None:
             self.model.layer_engram.rows.use_token_map(maps[0], pad)
 

@@ -8,7 +8,7 @@ chunk and keeps those of its own rows. Names, values and clock are therefore tho
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -82,22 +82,37 @@ class ShardedEngram(Engram):
         """As for `Engram`; a collective, which processes may call with different numbers of positions."""
         if not self.active:
             return super().read(names)
-        rows = self._ask_owners(names.reshape(-1).numpy())
+        rows = self._ask_owners(names.reshape(-1).numpy(), self._sum_of_packs)
         states = self.scatter(rows.view(-1, len(self.families), self.layout.width))
         return states.view(*names.shape[:-1], self.hidden_size)
 
-    def _ask_owners(self, names: np.ndarray) -> torch.Tensor:
-        """[N, width] float32: the sum of the rows of every name [N] int64 over packs and levels."""
+    def look_up(self, names: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """As for `Engram`; a collective."""
+        local = super().look_up
+
+        def answer(asked: np.ndarray) -> torch.Tensor:
+            rows, held = local(asked)
+            return torch.cat([rows, held[..., None].float()], dim=-1).movedim(0, 1).flatten(1)
+
+        shape = len(names), len(self.packs), self.layout.width + 1
+        answers = self._ask_owners(names, answer).view(shape).movedim(1, 0)
+        return answers[..., :-1], answers[..., -1] > 0
+
+    def _sum_of_packs(self, names: np.ndarray) -> torch.Tensor:
+        """[N, width] float32: the sum of the rows of every name [N] int64 over packs and levels, of those held here."""
+        found = torch.zeros(len(names), self.layout.width)
+        for pack in self.packs.values():
+            found += pack.read(names)
+        return found
+
+    def _ask_owners(self, names: np.ndarray, answer: Callable[[np.ndarray], torch.Tensor]) -> torch.Tensor:
+        """[N, ...] float32: what the owner of every name [N] int64 answers to it."""
         distinct, inverse = np.unique(names, return_inverse=True)
         owner = owners(distinct, self.ranks.size)
         order = np.argsort(owner, kind="stable")
         sizes = np.bincount(owner, minlength=self.ranks.size).tolist()
         asked, askers = self.ranks.swap(torch.from_numpy(distinct[order]), sizes)
-        found = torch.zeros(len(asked), self.layout.width)
-        for pack in self.packs.values():
-            for table in pack.tables:
-                found += table.read(asked.numpy())
-        answers, _ = self.ranks.swap(found, askers)
+        answers, _ = self.ranks.swap(answer(asked.numpy()), askers)
         values = torch.empty_like(answers)
         values[torch.from_numpy(order)] = answers
         return values[torch.from_numpy(inverse)]
@@ -128,7 +143,7 @@ def shard(engram: Engram, ranks: Ranks) -> ShardedEngram:
         ranks: the processes.
     """
     sharded = ShardedEngram(engram.constants, engram.families, engram.layout, ranks)
-    sharded.enabled, sharded.made_with = engram.enabled, engram.made_with
+    sharded.enabled, sharded.made_with, sharded.lexicon = engram.enabled, engram.made_with, engram.lexicon
     for name, pack in engram.packs.items():
         sharded.take_pack(name, pack)
     return sharded
@@ -144,7 +159,7 @@ def collect(engram: Engram) -> Engram | None:
     if not isinstance(engram, ShardedEngram):
         return engram if ranks.rank == 0 else None
     whole = Engram(engram.constants, engram.families, engram.layout)
-    whole.enabled, whole.made_with = engram.enabled, engram.made_with
+    whole.enabled, whole.made_with, whole.lexicon = engram.enabled, engram.made_with, engram.lexicon
     for name, pack in engram.packs.items():
         target = whole.open_pack(name)
         _copy_history(pack, target)
