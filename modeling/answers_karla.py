@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from .cues_karla import cues_to_read, cues_to_write
-from .engram_karla import Engram, Pack
-from .hashing_karla import NO_NAME
+from .engram_karla import Engram
+from .hashing_karla import NO_NAME, name_positions
+from .levels_karla import Pack
+from .sentences_karla import NO_TOKEN
 from .words_karla import Lexicon
 
 
@@ -111,36 +113,60 @@ def _store(pack: Pack, names: np.ndarray, rows: torch.Tensor, sign: int) -> None
     pack.add(chosen[kept], change[todo][torch.from_numpy(kept)])
 
 
-def read_answers(engram: Engram, history: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+def recall(engram: Engram, history: torch.Tensor, keep: int) -> torch.Tensor:
+    """What the memory adds to the last positions: n-grams, and answers where a question stands before them.
+
+    Args:
+        engram: the memory.
+        history: [B, N] int64 token ids, `NO_TOKEN` where there is none; what is missing of `engram.reach` is taken for that.
+        keep: positions wanted, from the end.
+
+    Returns:
+        [B, keep, D] float32 on the CPU; a single zero where the memory holds nothing.
+    """
+    if not engram.active:
+        return torch.zeros(())
+    length = engram.reach + keep
+    history = torch.nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
+    names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
+    memory = engram.read(names)
+    if engram.lexicon is None:
+        return memory
+    return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
+
+
+def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """What the memory adds where cues lead somewhere.
 
     The opening decides if it leads somewhere; otherwise the most telling set of words that does. The newest pack comes first.
 
     Args:
-        engram: the memory; without a lexicon it has no cues.
-        history: [B, N] int64 token ids, `NO_TOKEN` where there is none, with `engram.reach` tokens before the first position.
-        names: [B, T, F] int64 n-gram names of the last T positions.
-        memory: [B, T, D] float32, what the n-grams add there. Not modified.
+        engram: the memory.
+        cues: [..., K] int64 from `cues_to_read`.
+        names: [..., F] int64 n-gram names of the same positions.
+        memory: [..., D] float32, what the n-grams add. Not modified.
 
     Returns:
-        [B, T, D] float32 on the CPU.
+        [..., D] float32 on the CPU.
     """
-    if engram.lexicon is None:
+    asked = (cues != NO_NAME).any(-1)
+    if not bool(asked.any()) and engram.ranks.size == 1:
         return memory
-    cues = cues_to_read(history, engram.lexicon, names.shape[1])
-    places = (cues != NO_NAME).nonzero()  # [M, 3]
-    wanted = cues[tuple(places.T)].numpy()
-    first: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
-    for pack in reversed(engram.packs.values()):
-        (held,) = np.nonzero(pack.holds(wanted))
-        for (text, at, rank), row in zip(places[held].tolist(), pack.read(wanted[held]), strict=True):
-            if bool(row.any()) and rank < first.get((text, at), (rank + 1, row))[0]:
-                first[text, at] = rank, row
-    copied = [number for number, family in enumerate(engram.families) if family.order >= COPY_ORDER]
-    result = memory.clone() if first else memory
-    for (text, at), (rank, row) in first.items():
-        grams = names[text, at, copied].numpy()
-        if rank == 0 or not any(pack.holds(grams).any() for pack in engram.packs.values()):
-            share = OPENING_SHARE if rank == 0 else 1.0
-            result[text, at] = torch.nn.functional.pad(row * share, (0, memory.shape[-1] - len(row)))
+    copied = names[asked][:, [family.order >= COPY_ORDER for family in engram.families]]
+    wanted = torch.cat([cues[asked], copied], dim=-1)  # [P, K + C]
+    there = wanted != NO_NAME
+    rows, held = engram.look_up(wanted[there].numpy())  # [packs, M, width], [packs, M]
+    leads = rows.any(-1)
+    newest = rows.flip(0)[leads.flip(0).int().argmax(0), torch.arange(rows.shape[1])]  # [M, width]
+    known = torch.zeros(wanted.shape, dtype=torch.bool).masked_scatter_(there, held.any(0))
+    hits = torch.zeros_like(known).masked_scatter_(there, leads.any(0))[:, : cues.shape[-1]]
+    hits[:, 1:] &= ~known[:, cues.shape[-1] :].any(-1, keepdim=True)
+    index = torch.zeros(wanted.shape, dtype=torch.int64).masked_scatter_(there, torch.arange(len(newest)))
+    use = hits.any(-1)
+    first = hits[use].int().argmax(-1)
+    chosen = newest[index[use].gather(-1, first[:, None])[:, 0]]
+    chosen *= torch.where(first == 0, OPENING_SHARE, 1.0)[:, None]
+    result = memory.clone()
+    places = tuple(part[use] for part in asked.nonzero(as_tuple=True))
+    result[places] = torch.nn.functional.pad(chosen, (0, memory.shape[-1] - chosen.shape[-1]))
     return result

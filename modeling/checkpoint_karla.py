@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 
 from .backbone_karla import load_backbone, resolve_backbone
 from .packs_karla import load_engram, save_engram
+from .sharded_karla import collect
 
 
 logger = logging.get_logger(__name__)
@@ -109,6 +110,7 @@ class KarlaCheckpointMixin:
         """Save memory and head, and the backbone only if asked.
 
         Everything is written beside the target first and moved there file by file, so a full disk leaves what was there.
+        Of a model that is distributed, process 0 writes; if its memory is sharded, all processes call this.
 
         Args:
             save_directory: the folder.
@@ -128,6 +130,9 @@ class KarlaCheckpointMixin:
                 "The backbone has no name to load it by, so a checkpoint without it could not be loaded; use "
                 "include_backbone=True."
             )
+        if self.engram.ranks.rank > 0:
+            self.save_memory(save_directory)
+            return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         before = self.config.backbone_included
@@ -149,11 +154,16 @@ class KarlaCheckpointMixin:
     def save_memory(self, save_directory) -> None:
         """Save what has changed of the packs alone, in the folder `engram` of a checkpoint.
 
+        Of a memory that is distributed, process 0 writes; if it is sharded, all processes call this, and all of it is
+        written.
+
         Raises:
             OSError: if it cannot be written, or another process writes there or has done so since the memory was loaded.
         """
         self._describe_backbone()
-        save_engram(self.engram, save_directory, self.tokenizer_sha256)
+        engram = collect(self.engram)
+        if engram is not None:
+            save_engram(engram, save_directory, self.tokenizer_sha256)
 
     def _describe_backbone(self) -> None:
         """Let the memory know what it is written with, for its manifest."""

@@ -24,7 +24,8 @@ from torch.nn.functional import pad, silu
 from transformers.cache_utils import Cache
 
 from .cache_karla import RowsCacheLayer, karla_layer
-from .hashing_karla import NO_TOKEN, HashConstants, NgramFamily, hash_constants, row_addresses
+from .hashing_karla import HashConstants, NgramFamily, hash_constants, row_addresses
+from .sentences_karla import NO_TOKEN
 
 
 KERNEL = 4
@@ -154,9 +155,8 @@ class RowGate(nn.Module):
         Returns:
             Y [B, T, D], and the inputs of the convolution at these positions [B, T, D].
         """
-        score = (self.norm_query(hidden) * self.norm_key(self.key(rows))).sum(-1, keepdim=True) / hidden.shape[
-            -1
-        ] ** 0.5
+        query, key = self.norm_query(hidden), self.norm_key(self.key(rows))
+        score = (query * key).sum(-1, keepdim=True) / query.shape[-1] ** 0.5
         score = score.sign() * score.abs().clamp(min=_LEAST_SCORE).sqrt()
         value = (torch.sigmoid(score) * self.value(rows)).masked_fill(~valid, 0.0)
         new = self.norm_value(value)

@@ -87,21 +87,27 @@ def train(model: KarlaForCausalLM, rows: Dataset, held_out: Dataset, rate: float
         return trainer, time.perf_counter() - start
 
 
-def measure(rows: Dataset, held_out: Dataset) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(rows: Dataset, held_out: Dataset) -> Iterator[tuple[str, dict[str, float]]]:
     """Train and measure one variant after the other."""
+
+    def row(loss: float, trainable: int, seconds: float) -> dict[str, float]:
+        return {"held-out loss": loss, "trainable weights": trainable, "seconds of training": round(seconds, 1)}
+
     for variant in ("rows", "one row", "LoRA"):
         model = make(variant)
         trainer, seconds = train(model, rows, held_out, LEARNING_RATES["LoRA" if variant == "LoRA" else "rows"])
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        backbone, loss, tokens = held_out_losses(model, held_out, trainer.data_collator, 4)
+        backbone, loss, _ = held_out_losses(model, held_out, trainer.data_collator, 4)
         if variant == "rows":
-            yield "bare backbone", {"held_out_loss": backbone, "tokens": tokens, "trainable": 0}
-        yield variant, {"held_out_loss": loss, "trainable": trainable, "seconds": round(seconds, 1)}
+            yield "bare backbone", row(backbone, 0, 0)
+        yield variant, row(loss, trainable, seconds)
         if variant == "rows":
             table = model.model.layer_engram.rows
             table.multipliers.copy_(table.multipliers.flip(1) ^ 2)  # other odd numbers: every name finds other rows
-            shuffled = held_out_losses(model, held_out, trainer.data_collator, 4)[1]
-            yield "shuffled addresses", {"held_out_loss": shuffled, "trainable": trainable}
+            yield (
+                "shuffled addresses",
+                row(held_out_losses(model, held_out, trainer.data_collator, 4)[1], trainable, 0),
+            )
 
 
 def run() -> dict[str, Any]:
@@ -109,15 +115,10 @@ def run() -> dict[str, Any]:
     corpus = load_corpus("python-reference")
     rows = windows(list(corpus.train["text"]), EVERY)
     held_out = windows(list(corpus.held_out["text"]), HELD_OUT_EVERY)
-    return {
-        "bench": "rows",
-        "variants": dict(measure(rows, held_out)),
-        "train_tokens": len(rows) * LENGTH,
-        "learning_rates": LEARNING_RATES,
-        **environment(),
-    }
+    tokens = {"train_tokens": len(rows) * LENGTH, "held_out_tokens": len(held_out) * (LENGTH - 1)}
+    return {"rows": dict(measure(rows, held_out)), **tokens, "learning_rates": LEARNING_RATES}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    write_json(Path(sys.argv[1]), run())
+    write_json(Path(sys.argv[1]), {"bench": "rows", **run(), **environment()})
