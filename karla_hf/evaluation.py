@@ -89,6 +89,45 @@ def exact_recall(
 
 
 @torch.no_grad()
+def chat_recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    new_tokens: int = 40,
+    progress: bool = True,
+) -> RecallResult:
+    """Ask facts as a user's turn of the chat template and let the model answer freely, greedily.
+
+    A fact is recalled if what the model says contains the answer, without the space before it and the period after it.
+
+    Args:
+        model: any causal language model. Not modified.
+        tokenizer: its tokenizer; it has a chat template.
+        facts: at least one; their prompts are what the user says.
+        new_tokens: length of the answers.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if there are no facts.
+    """
+    if not facts:
+        raise ValueError("There are no facts to ask; give at least one.")
+    prompts = []
+    for fact in facts:
+        turn = [{"role": "user", "content": fact.prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    said = []
+    with _evaluating(model), logging.tqdm(total=len(facts), unit="fact", desc="chat", disable=not progress) as bar:
+        for at in range(0, len(facts), BATCH_SIZE):
+            batch = prompts[at : at + BATCH_SIZE]
+            said += [str(tokenizer.decode(tokens)) for tokens in _generate(model, batch, new_tokens)]
+            bar.update(len(batch))
+    hits = tuple(fact.answer.strip(" .") in text for fact, text in zip(facts, said, strict=True))
+    return RecallResult(tuple(facts), tuple(said), hits)
+
+
+@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

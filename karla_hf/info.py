@@ -28,7 +28,7 @@ class Level:
 
     Attributes:
         name: "L0", "L1", "L2" or "total".
-        what: "backbone", "memory", "head", or nothing.
+        what: "backbone", "memory", "trained rows", "head", or nothing.
         parameters: numbers it holds; of a quantised or packed layer, those it stands for.
         trainable: how many of them a trainer changes.
         bytes_on_disk: size of its files; None if they are not on this machine.
@@ -79,7 +79,7 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
         directory: the folder it was loaded from.
 
     Returns:
-        L0, L1, L2 and their total.
+        L0, L1 (and the trained rows, if there are any), L2 and their total.
 
     Raises:
         OSError: if a file of the checkpoint cannot be read.
@@ -91,7 +91,7 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
     values = sum(table.rows.size for table in tables)
     memory = sum(array.nbytes for table in tables for array in (table.names, table.rows, table.dirty))
     memory += _num_bytes(part for part in engram.constants if isinstance(part, torch.Tensor))
-    disk = _checkpoint_bytes(Path(directory), model.head_prefix)
+    disk = _checkpoint_bytes(Path(directory), model.own_prefixes)
     backbone_disk = disk["rest"] if model.config.backbone_included else _backbone_bytes(model.config)
     levels = [
         Level("L0", "backbone", _num_parameters(frozen), _num_trainable(frozen), backbone_disk,
@@ -102,6 +102,10 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
               _num_trainable(head.modules()), disk["head"], _num_bytes(_tensors(head.modules())),
               "every training step", BUDGET["L2"]),
     ]  # fmt: skip
+    if model.model.layer_engram is not None:
+        rows = list(model.model.layer_engram.modules())
+        levels.insert(2, Level("L1", "trained rows", _num_parameters(rows), _num_trainable(rows), disk["rows"],
+                               _num_bytes(_tensors(rows)), "every training step", None))  # fmt: skip
     return [*levels, _total(levels)]
 
 
@@ -195,16 +199,18 @@ def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _checkpoint_bytes(directory: Path, head_prefix: str) -> dict[str, int]:
-    """Bytes of the head's tensors, of the other tensors, and of the memory's files in a checkpoint."""
-    sizes = {"head": 0, "rest": 0, "memory": 0}
+def _checkpoint_bytes(directory: Path, prefixes: tuple[str, ...]) -> dict[str, int]:
+    """Bytes of the head's tensors, of trained rows, of the other tensors, and of the memory's files in a checkpoint."""
+    sizes = {"head": 0, "rows": 0, "rest": 0, "memory": 0}
+    parts = dict(zip(prefixes, ("head", "rows"), strict=False))
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:  # a safetensors file begins with the length of its JSON header
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                sizes["head" if name.startswith(head_prefix) else "rest"] += end - start
+                part = next((part for prefix, part in parts.items() if name.startswith(prefix)), "rest")
+                sizes[part] += end - start
     sizes["memory"] = sum(path.stat().st_size for path in (directory / FOLDER).glob("*") if path.is_file())
     return sizes
 

@@ -4,11 +4,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
+from karla_hf.optimizer import RowsAdamW
 
 
+ROWS_LR_FACTOR = 5
 PROBE_ROWS = 2
 PROBE_CERTAINTY = 0.8
 
@@ -19,6 +22,9 @@ class KarlaSFTTrainer(SFTTrainer):
     With `config.tick_loss == "last"` training is TRL's own. With `"two_tick"` the model computes its loss itself, since
     TRL multiplies hidden states of one tick by the output layer (Continuous Thought Machine,
     https://arxiv.org/abs/2505.05522, section 2.5). The losses of evaluation are always those of the answer.
+
+    Where the model has trained rows (`config.engram_layer_ids`), they are trained with five times the learning rate, without
+    weight decay, and only where a batch addresses them (Engram, https://arxiv.org/abs/2601.07372, appendix).
 
     Every log has `ticks` and `certainty`: means over the first rows of the held-out data (or, without any, of the
     training data), thought until certainty reaches `config.certainty_threshold`, or 0.8 if that is None.
@@ -56,6 +62,49 @@ class KarlaSFTTrainer(SFTTrainer):
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Make the optimiser: the one of the arguments, or AdamW for both dense weights and trained rows.
+
+        Raises:
+            ValueError: if the model has trained rows and `optim` is not AdamW.
+        """
+        engram = self.model.model.layer_engram
+        if self.optimizer is not None or engram is None or not engram.rows.weight.requires_grad:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if kind is not torch.optim.AdamW:
+            raise ValueError(
+                f"`optim` is {OptimizerNames(self.args.optim).value!r}, but trained rows need sparse steps; give 'adamw_torch' or "
+                "'adamw_torch_fused', or set `engram_layer_ids` to None."
+            )
+        decays = set(self.get_decay_parameter_names(self.model))
+        dense = {n: p for n, p in self.model.named_parameters() if p.requires_grad and p is not engram.rows.weight}
+        groups = [
+            {"params": [p for n, p in dense.items() if n in decays], "weight_decay": self.args.weight_decay},
+            {"params": [p for n, p in dense.items() if n not in decays], "weight_decay": 0.0},
+            {
+                "params": [engram.rows.weight],
+                "lr": ROWS_LR_FACTOR * options["lr"],
+                "weight_decay": 0.0,
+                "sparse": True,
+            },
+        ]
+        self.optimizer = RowsAdamW(groups, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        """Clip the norm of all gradients together and return it from before.
+
+        torch has no norm of a sparse gradient, so its values stand in for it: once equal rows are added up, their norm is
+        the gradient's, and scaling them in place scales it.
+        """
+        return self.accelerator.clip_grad_norm_(_with_dense_gradients(model), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:  # nothing was clipped
+            grad_norm = self.accelerator.clip_grad_norm_(_with_dense_gradients(model), float("inf"))
+        return super()._get_grad_norm(model, grad_norm)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and add `ticks` and `certainty` to the entries of training."""
         if "loss" in logs:
@@ -78,3 +127,17 @@ class KarlaSFTTrainer(SFTTrainer):
         self.model.train(was_training)
         real = batch["attention_mask"].bool()
         return {"ticks": out.ticks_used[real].float().mean().item(), "certainty": out.certainty[real].mean().item()}
+
+
+def _with_dense_gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters of a model; for one with a sparse gradient, a stand-in whose gradient is the values of that one."""
+    found: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values = parameter.grad.values()
+            found.append(torch.empty_like(values))
+            found[-1].grad = values
+        else:
+            found.append(parameter)
+    return found

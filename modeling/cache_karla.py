@@ -26,7 +26,6 @@ class KarlaCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
-    is_karla = True
 
     def __init__(self, keep: int, slack: int):
         super().__init__()
@@ -112,7 +111,18 @@ class KarlaCacheLayer(CacheLayerMixin):
             self.values = self.values.repeat_interleave(repeats, dim=0)
 
 
-def karla_layer(cache: Cache, keep: int, slack: int, past: int = 0) -> KarlaCacheLayer:
+class RowsCacheLayer(KarlaCacheLayer):
+    """What the trained rows' convolutions and addresses reach back to (`layer_engram_karla`).
+
+    Attributes:
+        keys: [B, 1, 1, T, L, D] inputs of the convolutions of the L inserted modules.
+        values: [B, T] int64 compressed token ids on the CPU, negative at padding.
+    """
+
+
+def karla_layer(
+    cache: Cache, keep: int, slack: int, past: int = 0, kind: type[KarlaCacheLayer] = KarlaCacheLayer
+) -> KarlaCacheLayer:
     """The Karla layer of a cache, appended if it is not there.
 
     Args:
@@ -120,17 +130,18 @@ def karla_layer(cache: Cache, keep: int, slack: int, past: int = 0) -> KarlaCach
         keep: see `KarlaCacheLayer`.
         slack: see `KarlaCacheLayer`.
         past: positions that the cache held before this call.
+        kind: which of Karla's layers.
 
     Raises:
         ValueError: if the cache was filled by another model.
     """
     for layer in cache.layers:
-        if getattr(layer, "is_karla", False):
+        if type(layer) is kind:
             return layer
     if past:
         raise ValueError(
             f"past_key_values holds {past} positions but no Karla layer; give a cache that this model filled, or an "
             "empty one."
         )
-    cache.layers.append(KarlaCacheLayer(keep, slack))
+    cache.layers.append(kind(keep, slack))
     return cache.layers[-1]

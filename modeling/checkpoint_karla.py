@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 
 from .backbone_karla import load_backbone, resolve_backbone
 from .packs_karla import load_engram, save_engram
+from .sharded_karla import collect
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +37,7 @@ class KarlaCheckpointMixin:
 
         Raises:
             OSError: if a file is missing or damaged, or the backbone is found nowhere.
-            ValueError: if memory and backbone do not fit each other.
+            ValueError: if memory and backbone do not fit each other, or trained rows are asked for that are not there.
         """
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
@@ -69,6 +70,14 @@ class KarlaCheckpointMixin:
                 karla._lm_head[0].weight = karla.get_input_embeddings().weight
             for module in (karla.backbone, *karla._lm_head):
                 module.requires_grad_(False).eval()
+        engram = model.karla_model.layer_engram
+        if engram is not None:
+            if any("layer_engram." in name for name in info["missing_keys"]):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has no trained rows as engram_layer_ids asks for; load it without, or "
+                    "make a new Karla with them."
+                )
+            torch.nn.Embedding._apply(engram.rows, torch.Tensor.cpu)  # device_map may have put the rows elsewhere
         find = functools.partial(_find, str(pretrained_model_name_or_path), hub)
         loaded = load_engram(find, config.text_config.hidden_size, config.text_config.vocab_size)
         if loaded is not None:
@@ -101,6 +110,7 @@ class KarlaCheckpointMixin:
         """Save memory and head, and the backbone only if asked.
 
         Everything is written beside the target first and moved there file by file, so a full disk leaves what was there.
+        Of a model that is distributed, process 0 writes; if its memory is sharded, all processes call this.
 
         Args:
             save_directory: the folder.
@@ -120,6 +130,9 @@ class KarlaCheckpointMixin:
                 "The backbone has no name to load it by, so a checkpoint without it could not be loaded; use "
                 "include_backbone=True."
             )
+        if self.engram.ranks.rank > 0:
+            self.save_memory(save_directory)
+            return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
         before = self.config.backbone_included
@@ -141,11 +154,16 @@ class KarlaCheckpointMixin:
     def save_memory(self, save_directory) -> None:
         """Save what has changed of the packs alone, in the folder `engram` of a checkpoint.
 
+        Of a memory that is distributed, process 0 writes; if it is sharded, all processes call this, and all of it is
+        written.
+
         Raises:
             OSError: if it cannot be written, or another process writes there or has done so since the memory was loaded.
         """
         self._describe_backbone()
-        save_engram(self.engram, save_directory, self.tokenizer_sha256)
+        engram = collect(self.engram)
+        if engram is not None:
+            save_engram(engram, save_directory, self.tokenizer_sha256)
 
     def _describe_backbone(self) -> None:
         """Let the memory know what it is written with, for its manifest."""
@@ -160,10 +178,13 @@ class KarlaCheckpointMixin:
     def _own_state(self, state_dict: dict[str, torch.Tensor] | None, include_backbone: bool):
         if include_backbone:
             return state_dict
-        if state_dict is None:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
-            prefix = self.head_prefix
-            return self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
-        return {name: tensor for name, tensor in state_dict.items() if name.startswith(self.head_prefix)}
+        prefixes = self.own_prefixes
+        if state_dict is not None:
+            return {name: tensor for name, tensor in state_dict.items() if name.startswith(prefixes)}
+        own: dict[str, torch.Tensor] = {}
+        for prefix in prefixes:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
+            own |= self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
+        return own
 
 
 def _find(checkpoint: str, hub: dict, name: str) -> str | None:

@@ -36,11 +36,19 @@ class KarlaConfig(PreTrainedConfig):
         engram_num_heads: heads of a row: a name's row has `engram_num_heads * engram_head_dim` coordinates.
         engram_head_dim: coordinates of the hidden state per head; None takes 64, or what fits.
         engram_rows_per_head: rows per family and head of a pack's first table; a pack grows beyond it.
-        engram_max_rows: most rows of a pack's slowest level, over all families; None lets it grow.
+        engram_max_rows: most rows of a pack's slowest level, over all families, in whole buckets of eight; None lets
+            it grow.
         engram_chunk_size: positions written together: one step of the memory's clock.
         engram_update_periods: chunks between two changes of each level of the memory; the first is 1, and each is a
             multiple of the one before.
+        engram_cues: whether what is read is also stored under the words around it, to be found by a question.
         engram_seed: seed of hash multipliers and coordinates, used once, when a model is made.
+        engram_layer_ids: blocks of the backbone, from 0, before which a module with trained rows is inserted; None
+            inserts none.
+        engram_layer_orders: n-gram orders that address the trained rows.
+        engram_layer_num_heads: trained rows per order and position.
+        engram_layer_head_dim: width of a trained row.
+        engram_layer_rows_per_head: least number of trained rows per order and head (unused primes are taken).
         ctm_num_ticks: S, ticks of thought per position (L2).
         ctm_hidden_size: E, width of queries, keys and values.
         ctm_num_heads: attention heads.
@@ -85,7 +93,13 @@ class KarlaConfig(PreTrainedConfig):
     engram_max_rows: int | None = None
     engram_chunk_size: int = 64
     engram_update_periods: list[int] | tuple[int, ...] = (1, 8, 64)
+    engram_cues: bool = True
     engram_seed: int = 0
+    engram_layer_ids: list[int] | None = None
+    engram_layer_orders: list[int] | tuple[int, ...] = (2, 3)
+    engram_layer_num_heads: int = 8
+    engram_layer_head_dim: int = 32
+    engram_layer_rows_per_head: int = 4096
 
     ctm_num_ticks: int = 10
     ctm_hidden_size: int = 512
@@ -112,6 +126,7 @@ class KarlaConfig(PreTrainedConfig):
         if not isinstance(self.engram_families, (list, tuple)):
             raise ValueError(f"`engram_families` is {self.engram_families!r}; give a list of families.")
         self.engram_families = [dict(family) for family in self.engram_families]
+        self.engram_layer_orders = list(self.engram_layer_orders)
         if self.engram_head_dim is None:
             self.engram_head_dim = min(64, text.hidden_size // self.engram_num_heads)
         if self.ctm_source_layers is None:
@@ -151,6 +166,20 @@ class KarlaConfig(PreTrainedConfig):
                     f"`engram_num_heads` * `engram_head_dim` is {self.engram_num_heads * self.engram_head_dim}, but the "
                     f"hidden state has {hidden} coordinates; lower one of them."
                 )
+
+    def validate_trained_rows(self):
+        """Check the `engram_layer_` fields."""
+        for name in ("engram_layer_num_heads", "engram_layer_head_dim", "engram_layer_rows_per_head"):
+            self._at_least(name, 1)
+        if not self.engram_layer_orders or min(self.engram_layer_orders) < 1:
+            raise ValueError(f"`engram_layer_orders` is {self.engram_layer_orders}; give orders of 1 or more.")
+        layers, ids = getattr(self.text_config, "num_hidden_layers", None), self.engram_layer_ids
+        if layers is None or ids is None:
+            return
+        if not ids or len(set(ids)) < len(ids) or not all(0 <= layer < layers for layer in ids):
+            raise ValueError(
+                f"`engram_layer_ids` is {ids}; give distinct blocks from 0 to {layers - 1}, or None for no trained rows."
+            )
 
     def validate_head(self):
         """Check the `ctm_` fields, certainty and the loss."""

@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from .cues_karla import HISTORY
 from .hashing_karla import NO_NAME, NO_TOKEN, NameConstants, NgramFamily, name_constants
 from .nested_karla import Clock, LevelSpec
+from .ranks_karla import ALONE
 from .table_karla import EngramTable, spread
+from .words_karla import Lexicon
 
 
 logger = logging.get_logger(__name__)
@@ -139,6 +142,20 @@ class Level:
         self.tables[0].clear()
 
 
+class PackCount(NamedTuple):
+    """Rows of a pack.
+
+    Attributes:
+        owned: rows that have a name, over all levels.
+        lost: names that found no row.
+        rows: rows of the slowest level.
+    """
+
+    owned: int
+    lost: int
+    rows: int
+
+
 class Pack:
     """One body of reading.
 
@@ -191,6 +208,22 @@ class Pack:
         """Names that have a row over the rows of the slowest level."""
         return self.num_owned / self.levels[-1].num_rows
 
+    def count(self) -> PackCount:
+        """Rows of the whole pack, also where its rows are spread over processes."""
+        return PackCount(self.num_owned, self.num_lost, self.levels[-1].num_rows)
+
+    def read(self, names: np.ndarray) -> torch.Tensor:
+        """[N, width] float32: the sum of all tables' rows of every name [N] int64, zero where there is none."""
+        values = torch.zeros(len(names), self.tables[0].width)
+        for table in self.tables:
+            if table.num_owned:
+                values += table.read(names)
+        return values
+
+    def holds(self, names: np.ndarray) -> np.ndarray:
+        """[N] bool: which of names [N] int64 have a row in some table."""
+        return np.logical_or.reduce([table.find(names) >= 0 for table in self.tables])
+
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give names [N] int64 rows in the fastest level; returns [N] bool, which have one."""
         return self.levels[0].claim(names)
@@ -224,7 +257,9 @@ class Engram:
         made_with: the backbone that it is written with.
         packs: by name, in the order in which they were made.
         enabled: when False, reads return zero and nothing else changes.
+        lexicon: what tokens look like, which cues need; None where that is not known, and then there are no cues.
         starts: first coordinate of the hidden state that each family owns, of `layout.width` that wrap around at the end.
+        ranks: the processes that read together.
     """
 
     def __init__(self, constants: NameConstants, families: list[NgramFamily], layout: EngramLayout):
@@ -234,7 +269,8 @@ class Engram:
         self.made_with: dict = {}
         self.weights = torch.tensor([family.weight for family in families])
         self.packs: dict[str, Pack] = {}
-        self.enabled = True
+        self.enabled, self.ranks = True, ALONE
+        self.lexicon: Lexicon | None = None
         self.starts = [family * layout.hidden_size // len(families) for family in range(len(families))]
 
     @property
@@ -244,8 +280,13 @@ class Engram:
 
     @property
     def history(self) -> int:
-        """Tokens of context that an address needs before the current one."""
+        """Tokens of context that an n-gram needs before the current one."""
         return max(family.span for family in self.families) - 1
+
+    @property
+    def reach(self) -> int:
+        """Tokens of context that a read needs before the current one."""
+        return self.history if self.lexicon is None else max(self.history, HISTORY - 1)
 
     @property
     def active(self) -> bool:
@@ -289,6 +330,19 @@ class Engram:
                 for table in pack.tables:
                     table.add_rows_to(state, flat, self.starts)
         return memory
+
+    def look_up(self, names: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every pack's rows of names, and which of them it holds.
+
+        Args:
+            names: [N] int64.
+
+        Returns:
+            [packs, N, width] float32, zero where there is none; [packs, N] bool. In the order of `packs`, at least one.
+        """
+        packs = self.packs.values()
+        held = torch.from_numpy(np.stack([pack.holds(names) for pack in packs]))
+        return torch.stack([pack.read(names) for pack in packs]), held
 
     def scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [N, F, width] float32 at the families' coordinates, summed: [N, D]."""

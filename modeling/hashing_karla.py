@@ -279,13 +279,13 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
     mixes = {False: np.bitwise_xor.accumulate(backwards * multipliers, axis=-1),
              True: np.bitwise_xor.accumulate(in_sentence * multipliers, axis=-1)}  # fmt: skip
     unfilled = np.lib.stride_tricks.sliding_window_view(missing, shortest, axis=1)[:, -age.shape[1] :].any(-1)
-    names = np.empty((*age.shape, len(families)), np.int64)
+    found = np.empty((*age.shape, len(families)), np.int64)
     strides = np.arange(1, len(families) + 1) * _FAMILY_STRIDE  # wraps around, as in C
     for number, family in enumerate(families):
         named = age + 1 >= family.order // 2 if family.sentence else ~unfilled
         mix = mixes[family.sentence][:, :, family.order - 1]
-        names[:, :, number] = np.where(named, scramble(mix + strides[number]), NO_NAME)
-    return torch.from_numpy(names)
+        found[:, :, number] = np.where(named, scramble(mix + strides[number]), NO_NAME)
+    return torch.from_numpy(found)
 
 
 def sentence_age(ids: np.ndarray, boundaries: np.ndarray) -> np.ndarray:

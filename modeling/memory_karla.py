@@ -7,11 +7,16 @@ import os
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import distributed
 
+from .answers_karla import write_answers
+from .engram_karla import Engram
 from .exchange_karla import export_pack, find_pack, import_pack, merge_packs
 from .manifest_karla import check_pack_name
+from .ranks_karla import Ranks
 from .reading_karla import ReadReport, read_texts
 from .saving_karla import check_undamaged
+from .sharded_karla import ShardedEngram, collect, shard
 
 
 WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
@@ -31,7 +36,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 class KarlaMemoryMixin:
-    """`read`, `forget`, what else is done with packs, and the memory's switch, for `KarlaForCausalLM`."""
+    """`read`, `forget`, what else is done with packs, the memory's switch and its processes, for `KarlaForCausalLM`."""
 
     @torch.no_grad()
     def read(
@@ -64,7 +69,7 @@ class KarlaMemoryMixin:
 
         Raises:
             ValueError: for an unknown context or sign, a name that no pack can have, no text, a text of fewer than two tokens,
-                or another tokenizer.
+                another tokenizer, or texts that differ between the processes of a distributed memory.
             OSError: if files of the pack are damaged.
         """
         check_pack_name(pack)
@@ -91,6 +96,10 @@ class KarlaMemoryMixin:
                 sign=sign,
                 progress=progress,
             )
+            if self.engram.lexicon is not None:
+                weight, _ = self.model.output_projection()
+                ids = [text.tolist() for text in encoded]
+                write_answers(self.engram.lexicon, self.engram.packs[pack], ids, weight, sign)
         finally:
             self.train(was_training)
         if sign > 0 and title is not None:
@@ -120,7 +129,10 @@ class KarlaMemoryMixin:
             OSError: if the folder holds something or cannot be written, or the pack is damaged.
         """
         self._describe_backbone()
-        export_pack(self.engram, name, folder, self.tokenizer_sha256)
+        find_pack(self.engram, name)
+        engram = self.collect_memory()
+        if engram is not None:
+            export_pack(engram, name, folder, self.tokenizer_sha256)
 
     def import_pack(self, folder: str | os.PathLike, name: str | None = None) -> str:
         """Add a pack that was exported; returns its name.
@@ -135,7 +147,10 @@ class KarlaMemoryMixin:
             OSError: if the folder holds no pack, or a file is damaged.
         """
         self._describe_backbone()
-        return import_pack(self.engram, folder, name, self.tokenizer_sha256)
+        name = import_pack(self.engram, folder, name, self.tokenizer_sha256)
+        if isinstance(self.engram, ShardedEngram):
+            self.engram.take_pack(name, self.engram.packs[name])
+        return name
 
     def merge_packs(self, names: Sequence[str], into: str) -> None:
         """Replace packs by one whose rows are their sums, the same in whatever order they are named.
@@ -151,12 +166,54 @@ class KarlaMemoryMixin:
         merge_packs(self.engram, names, into)
 
     def packs(self) -> dict[str, int]:
-        """Rows that each pack owns, by name, in the order in which the packs were made."""
+        """Rows that each pack owns (of a sharded memory, here), by name, in the order in which the packs were made."""
         return {name: pack.num_owned for name, pack in self.engram.packs.items()}
 
     def use_memory(self, enabled: bool) -> None:
         """Switch the memory on or off; off, the logits are those of backbone and head alone."""
         self.engram.enabled = enabled
+
+    def distribute(self, mode: str = "replicated", group=None) -> None:
+        """Read with all processes that `torchrun` or `accelerate launch` started; every process calls this.
+
+        From here on every process calls what changes or saves the memory, with the same arguments. `read` divides the work of the
+        backbone; what it writes is what one process would write. A memory that replaces this one is not distributed.
+
+        Args:
+            mode: `"replicated"`: every process holds all rows, mapped from the same files where they were loaded; for one
+                machine. `"sharded"`: process `name mod world` holds a row; for several machines. Then also
+                `forward`, `generate` (with `synced_gpus=True`) and saving are collectives, which all processes call in
+                step.
+            group: processes that read together, with a backend for CPU tensors; None for a new gloo group of all.
+
+        Raises:
+            ValueError: for an unknown mode, without a process group, or if the memory is sharded already.
+            OSError: if files of a pack that is to be sharded are damaged.
+        """
+        if mode not in ("replicated", "sharded"):
+            raise ValueError(f"mode is {mode!r}; give 'replicated' (one machine) or 'sharded' (several machines).")
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise ValueError(
+                "There is no process group to distribute to; start with torchrun or accelerate launch, and call "
+                "torch.distributed.init_process_group() or make an Accelerator first."
+            )
+        if isinstance(self.engram, ShardedEngram):
+            raise ValueError("The memory is sharded already; load it again to distribute it in another way.")
+        ranks = Ranks(distributed.new_group(backend="gloo") if group is None else group)
+        ranks.check_same({name: (pack.clock.step, pack.count()) for name, pack in self.engram.packs.items()})
+        if mode == "sharded":
+            for name in self.engram.packs:
+                check_undamaged(self.engram, name)
+            self.set_engram(shard(self.engram, ranks), self.tokenizer_sha256)
+        else:
+            self.engram.ranks = ranks
+
+    def collect_memory(self) -> Engram | None:
+        """The whole memory on process 0, which saves it, and None on the others; alone, the memory itself.
+
+        Where rows are sharded this is a collective, and process 0 must have room for all of them.
+        """
+        return collect(self.engram)
 
     def _closed_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         device = self.get_input_embeddings().weight.device

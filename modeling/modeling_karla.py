@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from .answers_karla import read_answers
 from .attention_karla import cut_blocks
 from .backbone_karla import load_backbone, load_tokenizer, quantization_config, resolve_backbone, split_backbone
 from .bitlinear_karla import set_packed
@@ -22,8 +23,10 @@ from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
+from .cues_karla import cues_to_read
 from .engram_karla import new_engram
 from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions, sentence_boundaries
+from .layer_engram_karla import LayerEngram
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
     KarlaCausalLMOutput,
@@ -32,6 +35,7 @@ from .pretrained_karla import (
     finish_logits,
     logit_scale,
 )
+from .words_karla import Lexicon
 
 
 class KarlaModel(KarlaPreTrainedModel):
@@ -47,6 +51,7 @@ class KarlaModel(KarlaPreTrainedModel):
         self.backbone: nn.Module | None = None
         self._lm_head: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule of this model
         self.ctm = KarlaHead(config)
+        self.layer_engram = None if config.engram_layer_ids is None else LayerEngram(config)
         with torch.device("cpu"):  # also while the rest is built on the meta device
             size = config.text_config.vocab_size
             self.memory = new_engram(config, torch.arange(size), torch.zeros(size, dtype=torch.uint8), pad_id=0)
@@ -58,6 +63,8 @@ class KarlaModel(KarlaPreTrainedModel):
     def link(self, backbone: nn.Module, lm_head: nn.Module) -> None:
         """Take a backbone and the output layer that belongs to it. The output layer stays outside `state_dict`."""
         self.backbone, self._lm_head = backbone, (lm_head,)
+        if self.layer_engram is not None:
+            self.layer_engram.insert(backbone)
 
     def get_input_embeddings(self):
         """The backbone's token embeddings."""
@@ -132,7 +139,10 @@ class KarlaModel(KarlaPreTrainedModel):
             use_cache = getattr(self.config.text_config, "use_cache", True)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._backbone_trains()):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trains),
+            self.trained_rows(input_ids, attention_mask, past_key_values, past),
+        ):
             out = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -146,8 +156,7 @@ class KarlaModel(KarlaPreTrainedModel):
         blocks, history = self._remember(input_ids, attention_mask, out, past_key_values, past, keep)
         hidden = out.last_hidden_state[:, -keep:]
         state = hidden + self._recall(history, keep).to(hidden)
-        thought = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
-        delta, ticks_used, sure, deltas = thought
+        delta, ticks_used, sure, deltas = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
         return KarlaModelOutput(
             last_hidden_state=state + delta.to(state.dtype),
             past_key_values=past_key_values if use_cache else None,
@@ -159,11 +168,10 @@ class KarlaModel(KarlaPreTrainedModel):
 
     def cache_layer(self, cache: Cache, past: int) -> KarlaCacheLayer:
         """This model's layer of a cache, appended if the cache held nothing (`past` 0) before."""
-        reach = max(self.config.ctm_window - 1, self.memory.history)
+        if self.layer_engram is not None:
+            self.layer_engram.cache_layer(cache, past)
+        reach = max(self.config.ctm_window - 1, self.memory.reach)
         return karla_layer(cache, keep=reach, slack=self.config.ctm_window, past=past)
-
-    def _backbone_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def _remember(self, input_ids, attention_mask, out, cache, past, keep):
         """Keys and values for the head and token history for the memory, of the new positions and what they reach."""
@@ -188,9 +196,13 @@ class KarlaModel(KarlaPreTrainedModel):
         """What the memory adds to the last `keep` positions, [B, keep, D]; one zero where it holds nothing."""
         if not self.memory.active:
             return torch.zeros(())
-        history = history[:, -(self.memory.history + keep) :]
-        history = nn.functional.pad(history, (self.memory.history + keep - history.shape[1], 0), value=NO_TOKEN)
-        return self.memory.read(name_positions(history, self.memory.families, self.memory.constants))
+        engram, length = self.memory, self.memory.reach + keep
+        history = nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
+        names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
+        memory = engram.read(names)
+        if engram.lexicon is None:
+            return memory
+        return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""
@@ -312,7 +324,12 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
         size = self.config.text_config.vocab_size
         maps = compress_vocabulary(tokenizer, size), sentence_boundaries(tokenizer, size)
-        self.set_engram(new_engram(self.config, *maps, pad), tokenizer_hash(tokenizer))
+        engram = new_engram(self.config, *maps, pad)
+        if self.config.engram_cues:
+            engram.lexicon = Lexicon.from_tokenizer(tokenizer, size)
+        self.set_engram(engram, tokenizer_hash(tokenizer))
+        if self.model.layer_engram is not None:
+            self.model.layer_engram.rows.use_token_map(maps[0], pad)
 
     def get_output_embeddings(self):
         """The backbone's frozen output layer."""
@@ -394,8 +411,9 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         used = labels[:, 1:] != -100
         deltas = out.tick_deltas[:, :, :-1]
         state = out.last_hidden_state[:, :-1] - deltas[-1]
+        state = state if self.backbone_trains else state.detach()
         losses = two_tick_loss(
-            state[used].detach(), deltas[:, used], labels[:, 1:][used], *self.model.output_projection(),
+            state[used], deltas[:, used], labels[:, 1:][used], *self.model.output_projection(),
             self.config.certainty_candidates,
         )  # fmt: skip
         return losses.sum() / (used.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
@@ -406,6 +424,10 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         if cache is not None and len(cache.layers) >= self.config.text_config.num_hidden_layers:
             # up front, so that a static cache knows from the first step that this layer cannot be compiled
             self.model.cache_layer(cache, past=int(cache.get_seq_length()))
+
+    def _closed_states(self, input_ids, attention_mask):
+        with self.trained_rows(input_ids, attention_mask):
+            return super()._closed_states(input_ids, attention_mask)
 
 
 def _plain_config(config):

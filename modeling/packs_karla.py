@@ -21,6 +21,7 @@ from .hashing_karla import NameConstants, NgramFamily
 from .manifest_karla import FOLDER, MANIFEST, parse_manifest, stored_file
 from .saving_karla import content_hash, damaged_files, save_folder
 from .stored_table_karla import load_table
+from .words_karla import Lexicon
 
 
 logger = logging.get_logger(__name__)
@@ -120,11 +121,12 @@ def _load(path: Path, manifest: dict, find: Callable[[str], str | None]) -> Engr
         constants = NameConstants(**tensors, pad_id=int(t["pad_id"][0]))
         columns = (t[name].tolist() for name in ("orders", "weights", "sentences"))
         families = [NgramFamily(order, weight, bool(flag)) for order, weight, flag in zip(*columns, strict=True)]
+        lexicon = Lexicon.from_arrays(t) if "token_texts" in t else None
     except (ValueError, KeyError) as error:
         raise OSError(f"{place} is damaged ({error}); restore it from a good copy.") from error
     layout = {**manifest["layout"], "update_periods": tuple(manifest["layout"]["update_periods"])}
     engram = Engram(constants, families, EngramLayout(hidden_size=manifest["hidden_size"], **layout))
-    engram.made_with = manifest["made_with"]
+    engram.made_with, engram.lexicon = manifest["made_with"], lexicon
     for entry in manifest["packs"]:
         pack = engram.open_pack(entry["name"])
         pack.stored, pack.sources, pack.tokens = entry, list(entry["sources"]), entry["tokens"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from .checkpoint_karla import KarlaCheckpointMixin
 from .configuration_karla import KarlaConfig
 from .ctm_karla import KarlaHead, NeuronModels, Synchronisation
 from .engram_karla import Engram
+from .layer_engram_karla import HashedRows, RowGate
 
 
 @dataclass
@@ -88,6 +90,11 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
         elif isinstance(module, BitLinear) and not module.is_packed:
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, HashedRows):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, RowGate):
+            for weight in module.zero_initialised:
+                init.zeros_(weight)
         elif isinstance(module, SourceMemory):
             init.normal_(module.layer_embedding, std=0.02)
             init.normal_(module.registers, std=0.02)
@@ -118,6 +125,13 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
         return "ctm." if self.karla_model is self else "model.ctm."
 
     @property
+    def own_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of all weights that are not the backbone's: the head's, and those of trained rows if there are any."""
+        head = self.head_prefix
+        rows = head.removesuffix("ctm.") + "layer_engram."
+        return (head,) if self.karla_model.layer_engram is None else (head, rows)
+
+    @property
     def engram(self) -> Engram:
         """The memory (L1)."""
         return self.karla_model.memory
@@ -130,6 +144,17 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
     def set_engram(self, engram: Engram, tokenizer_sha256: str | None) -> None:
         """Replace the memory."""
         self.karla_model.memory, self.karla_model.memory_tokenizer = engram, tokenizer_sha256
+
+    @property
+    def backbone_trains(self) -> bool:
+        """Whether gradients must pass through the backbone: to trained rows, or to weights of its own such as LoRA's."""
+        parts = (self.karla_model.backbone, self.karla_model.layer_engram)
+        return any(weight.requires_grad for part in parts if part is not None for weight in part.parameters())
+
+    def trained_rows(self, input_ids, attention_mask=None, cache=None, past=0) -> contextlib.AbstractContextManager:
+        """Inside `with`, trained rows take part in the backbone's pass over these tokens; see `LayerEngram.reading`."""
+        layer = self.karla_model.layer_engram
+        return contextlib.nullcontext() if layer is None else layer.reading(input_ids, attention_mask, cache, past)
 
     def attach_backbone(self, causal_lm: PreTrainedModel) -> None:
         """Take a causal language model as level L0: it is frozen, and its output layer becomes this model's."""

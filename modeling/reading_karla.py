@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .engram_karla import Engram, Pack
 from .hashing_karla import NO_TOKEN, name_positions, sentence_age
+from .ranks_karla import Ranks
 from .writing_karla import write_chunk
 
 
@@ -29,9 +30,9 @@ class ReadReport(NamedTuple):
         texts: number of texts.
         tokens: tokens read.
         positions_written: positions whose next token had been unlikely.
-        rows_written: change in the rows of the pack that have a name.
+        rows_written: change in the names of the pack that have a row.
         rows_lost: names that found no row, because the pack is full and may not grow.
-        load: owned rows over all rows of the pack's slowest level, 0 to 1.
+        load: names of the pack that have a row over all rows of its slowest level.
         surprise_before: mean -log p of the next token before the write, in nats.
         surprise_after: the same right after the write.
         seconds: wall time.
@@ -187,20 +188,24 @@ def _name_text(ids: torch.Tensor, engram: Engram) -> torch.Tensor:
     return name_positions(history, engram.families, engram.constants)[0]
 
 
+_HiddenStates = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Positions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # names [P, F], hidden states [P, D], targets [P]
 
 
 def _positions(
-    groups: Iterator[_Group], hidden_states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    groups: Iterator[_Group], hidden_states: _HiddenStates, nothing: torch.Tensor, ranks: Ranks
 ) -> Iterator[_Positions]:
-    """The positions of each group, in reading order."""
-    for group in groups:
-        states = []
-        for batch in group.batches:
-            shown = hidden_states(batch.input_ids, batch.attention_mask)
-            states.append(shown[batch.used.to(shown.device)])
-        in_order = torch.cat(states)[group.order.to(states[0].device)]
-        yield group.names, in_order, group.targets.to(in_order.device)
+    """The positions of each group, in reading order. Of as many groups as processes, each process runs some batches."""
+
+    def run(batch: _Batch) -> torch.Tensor:
+        shown = hidden_states(batch.input_ids, batch.attention_mask)
+        return shown[batch.used.to(shown.device)]
+
+    while together := list(itertools.islice(groups, ranks.size)):
+        batches = [batch for group in together for batch in group.batches]
+        states = ranks.map(run, batches, [int(batch.used.sum()) for batch in batches], nothing)
+        for group, own in zip(together, states.split([len(group.targets) for group in together]), strict=True):
+            yield group.names, own[group.order.to(own.device)], group.targets.to(own.device)
 
 
 def _chunks(positions: Iterator[_Positions], size: int) -> Iterator[_Positions]:
@@ -221,7 +226,7 @@ def read_texts(
     texts: list[torch.Tensor],
     engram: Engram,
     pack: Pack,
-    hidden_states: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    hidden_states: _HiddenStates,
     output_embeddings: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
@@ -250,18 +255,23 @@ def read_texts(
         progress: whether to show a progress bar.
 
     Returns:
-        The report.
+        The report. Several processes (`engram.ranks`) divide the work; what they write and report is as of one.
+
+    Raises:
+        ValueError: if the processes were given different texts.
     """
-    started = time.perf_counter()
-    rows_before, lost_before = pack.num_owned, pack.num_lost
+    started, ranks = time.perf_counter(), engram.ranks
+    packs = [(name, other is pack, other.clock.step) for name, other in engram.packs.items()]
+    ranks.check_same([text.tolist() for text in texts], packs, window, stride, least, batch_tokens, sign)
+    counted = pack.count()
     starts = None if least is None else [sentence_starts(text, engram.constants.boundaries, least) for text in texts]
     windows = plan_windows([len(text) for text in texts], window, stride, starts)
     tokens = sum(len(text) for text in texts)
     before, after, written = [], [], 0
     mean = output_embeddings.mean(0)
     groups = _groups(texts, windows, engram, GROUP_BATCHES * batch_tokens, batch_tokens)
-    positions = _positions(groups, hidden_states)
-    with logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress) as bar:
+    positions = _positions(groups, hidden_states, output_embeddings[:0], ranks)
+    with logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress or ranks.rank > 0) as bar:
         for names, states, targets in _chunks(positions, engram.layout.chunk_size):
             result = write_chunk(
                 engram, pack, names, states, targets, output_embeddings, bias, sign=sign, mean_embedding=mean
@@ -273,14 +283,15 @@ def read_texts(
             bar.update(len(targets))
         bar.update(tokens - bar.n)
     pack.tokens += tokens
-    seconds = time.perf_counter() - started
+    rows = pack.count()
+    seconds = float(ranks.gather_numbers([time.perf_counter() - started]).max())
     return ReadReport(
         texts=len(texts),
         tokens=tokens,
         positions_written=written,
-        rows_written=pack.num_owned - rows_before,
-        rows_lost=pack.num_lost - lost_before,
-        load=pack.load,
+        rows_written=rows.owned - counted.owned,
+        rows_lost=rows.lost - counted.lost,
+        load=rows.owned / rows.rows,
         surprise_before=float(torch.cat(before).mean()),
         surprise_after=float(torch.cat(after).mean()),
         seconds=seconds,

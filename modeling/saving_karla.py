@@ -128,11 +128,15 @@ class _Saver:
             "sentences": np.array([family.sentence for family in families], np.uint8),
             "boundaries": constants.boundaries.numpy(),
         }
+        if self.engram.lexicon is not None:
+            tensors |= self.engram.lexicon.arrays()
         if self.old is not None:
             old = stored_file(self.old["constants"])
             with contextlib.suppress(OSError, ValueError):
                 found, _ = open_tensors(self.folder / old.file, old)
-                if all(np.array_equal(found[name], array) for name, array in tensors.items()):
+                if found.keys() == tensors.keys() and all(
+                    np.array_equal(found[name], array) for name, array in tensors.items()
+                ):
                     return old
         return write_tensors(self.folder, "constants", {name: whole(array) for name, array in tensors.items()})
 

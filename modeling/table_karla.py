@@ -60,6 +60,13 @@ class EngramTable:
         self.dirty = _zeros((names.size,), np.bool_)
         self._addresses = names.ctypes.data, rows.ctypes.data
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_addresses"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._addresses = self.names.ctypes.data, self.rows.ctypes.data  # of a copy, not of what was copied
+
     def __len__(self) -> int:
         return self.names.size
 

@@ -82,7 +82,8 @@ def write_chunk(
 ) -> WriteResult:
     """Write one chunk of positions: every read of the chunk sees the memory as it was before the chunk.
 
-    Equal to `naive_write_chunk` up to rounding. Implements the normalised delta rule of the module's description.
+    Equal to `naive_write_chunk` up to rounding. Implements the normalised delta rule of the module's description. Several
+    processes divide the logits among them (`engram.ranks`) and then work out the same corrections.
 
     Args:
         engram: the memory; reads see all of its packs.
@@ -105,10 +106,12 @@ def write_chunk(
     before = after = torch.empty(0)
     written = torch.zeros(len(targets), dtype=torch.bool)
     for _ in range(rule.rounds):
-        states = hidden_states[pending] + engram.read(names[pending]).to(hidden_states)
+        sizes = engram.ranks.shares(len(pending))
+        mine = pending[engram.ranks.mine(sizes)]
+        states = hidden_states[mine] + engram.read(names[mine]).to(hidden_states)
         logits = torch.nn.functional.linear(states, output_embeddings, bias).float()
         total = logits.logsumexp(-1)
-        surprise = (total - logits.gather(-1, targets[pending][:, None])[:, 0]).cpu()
+        surprise = engram.ranks.gather((total - logits.gather(-1, targets[mine][:, None])[:, 0]).cpu(), sizes)
         if len(after) == 0:
             before, after = surprise, surprise.clone()
         after[pending] = surprise
@@ -116,9 +119,10 @@ def write_chunk(
         pending = pending[todo]
         if len(pending) == 0:
             break
-        problem = _Candidates.gather(
-            logits[todo], total[todo], targets[pending], output_embeddings, mean_embedding, rule.candidates
-        )
+        ours = todo[engram.ranks.mine(sizes)]
+        likeliest = _likeliest(logits[ours], total[ours], targets[mine[ours]], rule.candidates)
+        likeliest = engram.ranks.gather(likeliest, [int(part.sum()) for part in todo.split(sizes)])
+        problem = _Candidates.of(likeliest, output_embeddings, mean_embedding)
         named, log_odds = _correct(engram, pack, names[pending], problem, rule, sign)
         after[pending] = torch.nn.functional.softplus(-log_odds)
         written[pending[named]] = True
@@ -227,6 +231,19 @@ def _logit(probability: float) -> float:
     return math.log(probability / (1.0 - probability))
 
 
+def _likeliest(logits: torch.Tensor, total: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+    """What the corrections need of logits [P, V], in one tensor that a process can send.
+
+    Returns:
+        [P, 2 C + 3] float64 on the CPU, which holds ids and float32 exactly: ids of the target and of the C likeliest
+        tokens, their logits, and the log of the sum of all exponentials.
+    """
+    top = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
+    index = torch.cat([targets[:, None], top], dim=-1)
+    columns = index, logits.gather(-1, index), total[:, None]
+    return torch.cat([column.cpu().double() for column in columns], dim=-1)
+
+
 class _Candidates(NamedTuple):
     """The likeliest tokens of each position, the target first; everything else is one mass that stays constant."""
 
@@ -237,33 +254,26 @@ class _Candidates(NamedTuple):
     mean_embedding: torch.Tensor  # [D]
 
     @classmethod
-    def gather(
-        cls,
-        logits: torch.Tensor,
-        total: torch.Tensor,
-        targets: torch.Tensor,
-        embeddings: torch.Tensor,
-        mean_embedding: torch.Tensor,
-        count: int,
-    ) -> _Candidates:
-        top = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
-        index = torch.cat([targets[:, None], top], dim=-1)
-        duplicate = index == targets[:, None]
+    def of(cls, likeliest: torch.Tensor, embeddings: torch.Tensor, mean_embedding: torch.Tensor) -> _Candidates:
+        """From the result of `_likeliest`, and the output embeddings [V, D] with their mean [D]."""
+        tokens = likeliest.shape[1] // 2
+        index = likeliest[:, :tokens].long()
+        duplicate = index == index[:, :1]
         duplicate[:, 0] = False
-        chosen = logits.gather(-1, index).masked_fill(duplicate, -torch.inf)
-        tracked = chosen.logsumexp(-1)
+        chosen = likeliest[:, tokens : 2 * tokens].float().masked_fill(duplicate, -torch.inf)
+        total, tracked = likeliest[:, -1].float(), chosen.logsumexp(-1)
         rest = total + torch.log1p(-(tracked - total).exp().clamp(max=1 - 1e-7))
-        return cls(
-            chosen.cpu(),
-            embeddings[index].float().cpu(),
-            duplicate.cpu(),
-            rest.cpu(),
-            mean_embedding.float().cpu(),
-        )
+        rows = embeddings[index.to(embeddings.device)].float().cpu()
+        return cls(chosen, rows, duplicate, rest, mean_embedding.float().cpu())
 
     def select(self, index: torch.Tensor) -> _Candidates:
         """The positions at `index`."""
-        return _Candidates(*(part[index] for part in self[:4]), self.mean_embedding)
+        return self._replace(
+            logits=self.logits[index],
+            embeddings=self.embeddings[index],
+            duplicate=self.duplicate[index],
+            rest=self.rest[index],
+        )
 
     def direction(self, moved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """d = W_y - mean competitor, [P, D], and the log-odds of y, [P], after the memory has moved by [P, D]."""

@@ -7,7 +7,7 @@ from tiny import OPTIONS, make_backbone, make_tokenizer, speak
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from karla_hf import KarlaForCausalLM, evaluation
-from karla_hf.evaluation import context_tokens, exact_recall, perplexity, without_and_with_memory
+from karla_hf.evaluation import chat_recall, context_tokens, exact_recall, perplexity, without_and_with_memory
 from karla_hf.facts import Fact, make_facts
 
 
@@ -52,6 +52,21 @@ def test_recall_is_greedy_generation_of_one_fact_at_a_time(karla, tokenizer, bar
         assert hit == (expected == answer)
     assert result.exact == sum(result.hits)
     assert result.exact == 0 if bare else 8 <= result.exact < 20  # what it read, and nothing else
+
+
+@torch.no_grad()
+def test_a_chat_is_right_if_the_answer_is_said_anywhere(karla, tokenizer):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} So{% endif %}"
+    asking = copy.deepcopy(tokenizer)
+    asking.chat_template = template
+    ids = tokenizer("Who knows? So", add_special_tokens=False)["input_ids"]
+    said = tokenizer.decode(greedy_by_hand(karla, ids, 6))
+    facts = [Fact("Who knows?", f" {said.strip(' .')[1:]}.", "own"), Fact("Who knows?", " nobody at all.", "own")]
+    result = chat_recall(karla, asking, facts, new_tokens=6, progress=False)
+    assert result.generated == (said, said)
+    assert result.hits == (True, False)
+    with pytest.raises(ValueError, match="no facts to ask"):
+        chat_recall(karla, asking, [])
 
 
 def test_recall_does_not_depend_on_the_batch(karla, tokenizer, monkeypatch):

@@ -99,3 +99,16 @@ def test_an_included_backbone_lies_in_the_checkpoint(tmp_path):
     l0, _, l2, _ = describe_levels(model, tmp_path)
     assert l0.bytes_on_disk == 4 * l0.parameters
     assert 0 < weight_bytes(tmp_path) - l0.bytes_on_disk - l2.bytes_on_disk < 10_000
+
+
+def test_trained_rows_are_a_level_of_their_own(backbone, tmp_path):
+    options = {"engram_layer_ids": [0], "engram_layer_head_dim": 4, "engram_layer_rows_per_head": 50}
+    save_karla(tmp_path / "karla", backbone, **options)
+    model = KarlaForCausalLM.from_pretrained(tmp_path / "karla")
+    _, _, rows, l2, total = describe_levels(model, tmp_path / "karla")
+    own = sum(parameter.numel() for parameter in model.model.layer_engram.parameters())
+    assert (rows.name, rows.what, rows.parameters, rows.trainable) == ("L1", "trained rows", own, own)
+    state = model.model.layer_engram.state_dict()
+    assert rows.bytes_on_disk == rows.bytes_in_ram == sum(tensor.nbytes for tensor in state.values())
+    assert l2.bytes_on_disk == sum(tensor.nbytes for tensor in model.model.ctm.state_dict().values())
+    assert total.trainable == own + l2.trainable

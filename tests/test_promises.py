@@ -6,8 +6,9 @@ import torch
 from karla_hf import KarlaForCausalLM, load_backbone, load_tokenizer
 from karla_hf.demo import DOCUMENT, RELATED
 from karla_hf.documents import class_documentation, unrelated_text
-from karla_hf.evaluation import exact_recall, perplexity
+from karla_hf.evaluation import chat_recall, exact_recall, perplexity
 from karla_hf.facts import make_facts
+from karla_hf.questions import WORDINGS, make_paragraphs, reword
 
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,3 +78,26 @@ def test_decoding_token_by_token_equals_the_full_forward_pass(model, tokenizer):
             cache = out.past_key_values
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_questions_are_answered_from_running_text(model, tokenizer, seed):
+    facts = make_facts(200, split="test", seed=seed)
+    story = unrelated_text()
+    before = perplexity(model, tokenizer, story, progress=False)
+    model.read(make_paragraphs(facts, split="test", seed=seed), tokenizer, progress=False)
+    assert perplexity(model, tokenizer, story, progress=False) <= 1.002 * before
+    for wording in WORDINGS:
+        asked = [reword(fact, wording, split="test", variant=number // 5) for number, fact in enumerate(facts)]
+        ask = chat_recall if wording == "chat" else exact_recall
+        assert ask(model, tokenizer, asked, progress=False).exact >= 170, wording
+
+
+def test_cues_do_not_disturb_a_related_document(backbone, tokenizer):
+    document, related = class_documentation(*DOCUMENT), class_documentation(*RELATED)
+    measured = []
+    for cues in (False, True):
+        model = KarlaForCausalLM.from_backbone(backbone, tokenizer, engram_cues=cues)
+        model.read(document, tokenizer, progress=False)
+        measured.append(perplexity(model, tokenizer, related, progress=False))
+    assert measured[1] <= 1.005 * measured[0]

@@ -15,6 +15,7 @@ from karla_hf.modeling.hashing_karla import BEGINS, BREAKS, ENDS, NO_TOKEN, name
 VOCAB_SIZE = 300
 SMALL = {
     "engram_rows_per_head": 500,
+    "engram_cues": False,  # words of this vocabulary are no words of a language; `test_cues` has some that are
     "ctm_hidden_size": 64,
     "ctm_num_heads": 4,
     "ctm_num_neurons": 32,

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from karla_hf import load_tokenizer
 from karla_hf.modeling import hashing_karla
 from karla_hf.modeling.hashing_karla import (
+    BEGINS,
+    BREAKS,
+    ENDS,
     NO_NAME,
     NO_TOKEN,
     NgramFamily,
@@ -23,6 +26,7 @@ from karla_hf.modeling.hashing_karla import (
     name_positions,
     row_addresses,
     scramble,
+    sentence_boundaries,
 )
 from karla_hf.modeling.reference_engram import naive_names, naive_ngram_rows
 
@@ -241,6 +245,30 @@ def test_name_depends_on_the_last_tokens_of_its_order_only():
     changed = (before != after)[0]
     assert changed[:, 0].nonzero()[:, 0].tolist() == [6, 7]
     assert changed[:, 1].nonzero()[:, 0].tolist() == [6, 7, 8, 9]
+
+
+def test_sentence_has_the_same_names_in_a_paragraph_and_alone():
+    flags = torch.zeros(97, dtype=torch.uint8)
+    flags[:10] = BREAKS
+    constants, families = name_constants_for([6], boundaries=flags), [NgramFamily(6, 1.0, True), NgramFamily(6, 1.0)]
+    sentence = torch.randint(10, 97, (1, 8))
+    paragraph = torch.cat([torch.randint(10, 97, (1, 7)), torch.tensor([[3]]), sentence], dim=1)
+    alone, within = (
+        name_positions(torch.nn.functional.pad(ids, (5, 0), value=NO_TOKEN), families, constants)[0, -8:]
+        for ids in (sentence, paragraph)
+    )
+    assert torch.equal(alone[:, 0], within[:, 0])
+    assert (alone[:, 0] == NO_NAME).tolist() == [True] * 2 + [False] * 6  # half of six tokens
+    assert (alone[:, 1] == within[:, 1]).tolist() == [False] * 5 + [True] * 3
+
+
+def test_tokens_say_where_sentences_end():
+    texts = ["ab", " a", "a.", 'a?"', "!", ".5", "a\nb", "。", "<end>"]
+    backend = Tokenizer(models.WordLevel({text: i for i, text in enumerate(texts)}, unk_token="ab"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    expected = [0, BEGINS, ENDS, ENDS, ENDS, 0, BREAKS | BEGINS, ENDS, BREAKS | BEGINS]
+    assert sentence_boundaries(tokenizer, 11).tolist() == [*expected, 0, 0]
+    assert sentence_boundaries(tokenizer, 3).tolist() == expected[:3]
 
 
 def test_token_map_is_that_of_the_published_normalisers():

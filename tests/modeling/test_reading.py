@@ -97,10 +97,39 @@ def test_windows_use_every_token_but_the_last_once_and_in_order(lengths, window,
         assert w.keep == 0 or w.end - w.keep <= stride
 
 
+@given(data=st.data(), lengths=st.lists(st.integers(2, 50), min_size=1, max_size=3), window=st.integers(2, 12))
+def test_windows_do_not_look_back_beyond_their_sentence(data, lengths, window):
+    stride = data.draw(st.integers(1, window))
+    starts = [sorted({0, *data.draw(st.lists(st.integers(1, length - 1), max_size=5))}) for length in lengths]
+    windows = plan_windows(lengths, window, stride, starts)
+    used = [(w.text, t) for w in windows for t in range(w.keep, w.end)]
+    assert used == [(text, t) for text, length in enumerate(lengths) for t in range(length - 1)]
+    for w in windows:
+        begin = max(start for start in starts[w.text] if start <= w.keep)
+        assert w.start == max(begin, w.end - window) or (w.start == w.keep == begin)
+        assert not any(w.start < start < w.end for start in starts[w.text])
+
+
+def test_short_sentence_is_joined_with_the_next(new_memory):
+    text = torch.tensor([1, 2, 48, 21, 3, 48, 5, 6, 49, 7, 8, 9, 10, 48, 22])  # 48 ends before 20 to 39, 49 always
+    boundaries = new_memory().constants.boundaries
+    assert sentence_starts(text, boundaries, least=1) == [0, 3, 9, 14]
+    assert sentence_starts(text, boundaries, least=4) == [0, 9, 14]
+    assert sentence_starts(text, boundaries, least=10) == [0, 14]
+
+
+def test_backbone_sees_each_sentence_alone(new_memory, weight):
+    reader = Reader()
+    text = [1, 2, 3, 4, 48, 21, 5, 6, 7, 49, 8, 9, 10, 11, 12]
+    read([text], new_memory(), reader, weight, window=20, stride=20, batch_tokens=100)
+    assert sorted(reader.shown) == sorted([text[:5], text[5:10], text[10:14]])
+
+
 TEXTS = {
     "two tokens": [[3, 4]],
     "one window": [[1, 2, 3, 4, 5, 6, 7]],
     "one token more": [[1, 2, 3, 4, 5, 6, 7, 8]],
+    "sentences": [[48, 49, 20, 5, 48, 21, 7, 8, 9, 10, 48, 30, 1, 2, 3, 4, 5, 6, 7, 48, 20, 6], [49, 48, 20, 4, 49]],
     "several": [list(range(1, 30)), [3, 4], list(range(45, 20, -1)), [7, 7, 7, 7, 7, 7]],
 }
 

@@ -1,5 +1,8 @@
 """One table of rows by their names, against a dict."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +209,17 @@ def test_table_on_given_arrays_writes_in_place():
     second.put(names[4:], random_rows(1))
     assert contents(first) == contents(second)
     assert len(contents(second)) == second.num_owned == 5
+
+
+def test_a_copy_reads_its_own_rows():
+    table = EngramTable(64, 4)
+    names = np.arange(1, 9)
+    table.claim(names)
+    table.add(names, torch.ones(8, 4))
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        table.add(names, torch.ones(8, 4))
+        state = torch.zeros(8, 4)
+        other.add_rows_to(state, torch.from_numpy(names)[:, None], [0])
+        assert torch.equal(state, other.read(names))
+        assert torch.equal(other.read(names) + 1, table.read(names))
+        table.add(names, -torch.ones(8, 4))

@@ -1,0 +1,148 @@
+"""Answers: the rows that cues lead to, how they are written, and how several of them agree.
+
+A cue's row says its token whatever the context: v_y is a short vector on the first `width` coordinates with
+
+    v_y . (W_y - W_k) >= MARGIN      for every other token k,
+
+found by projecting on the most violated half-space in turn (the perceptron with margin, Kaczmarz's step). It replaces
+what n-grams say at its position. Pairs keep silent where an n-gram of `COPY_ORDER` tokens or more is known: there a text
+goes on as it was read. A cue that has led to two different tokens leads nowhere: its row is zero from then on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .cues_karla import cues_to_write
+from .engram_karla import Engram, Pack
+from .hashing_karla import NO_NAME
+from .words_karla import Lexicon
+
+
+MARGIN = 25.0  # nats by which a cue's token beats every other one, besides what the context says
+OPENING_SHARE = 0.6  # of that margin, where the opening leads to the row
+COPY_ORDER = 12  # tokens
+_NEAREST = 64  # competitors of a token that are tracked
+_STEPS = 64  # projections per round
+_ROUNDS = 3  # looks at the whole vocabulary
+_BATCH = 4096  # names stored at once
+_NOTHING = -1
+_SAME = 0.99  # cosine above which two rows say the same
+
+
+@torch.no_grad()
+def say_rows(tokens: torch.Tensor, output_embeddings: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows that say tokens.
+
+    Args:
+        tokens: [N] int64.
+        output_embeddings: [V, D], scaled so that logits = h W^T.
+        width: coordinates of a row.
+
+    Returns:
+        [N, width] float32 on the CPU.
+
+    Example:
+        >>> rows = say_rows(torch.tensor([2]), torch.eye(3), width=3)
+        >>> bool((rows @ torch.eye(3)).argmax() == 2)
+        True
+    """
+    weights = output_embeddings[:, :width].float()
+    own = weights[tokens]
+    rows = own - weights.mean(0)
+    rows *= (MARGIN / rows.square().sum(-1).clamp(min=1e-6))[:, None]
+    for _ in range(_ROUNDS):
+        scores = (rows @ weights.T).scatter_(1, tokens[:, None], -torch.inf)
+        nearest = scores.topk(min(_NEAREST, scores.shape[1]), dim=-1).indices
+        apart = own[:, None] - weights[nearest]  # [N, C, width]
+        square = apart.square().sum(-1)
+        for _ in range(_STEPS):
+            lack = MARGIN - torch.einsum("ncw,nw->nc", apart, rows)
+            lack = lack.masked_fill(square < 1e-4 * own.square().sum(-1, keepdim=True), 0.0)  # the same token twice
+            worst = lack.max(-1)
+            if bool((worst.values < 0.01 * MARGIN).all()):
+                break
+            index = torch.arange(len(tokens))
+            step = worst.values.clamp(min=0) / square[index, worst.indices].clamp(min=1e-6)
+            rows = rows + step[:, None] * apart[index, worst.indices]
+    return rows.cpu()
+
+
+@torch.no_grad()
+def write_answers(
+    lexicon: Lexicon, pack: Pack, texts: list[list[int]], output_embeddings: torch.Tensor, sign: int = 1
+) -> None:
+    """Write the answers of texts into a pack.
+
+    Args:
+        lexicon: what the tokens look like.
+        pack: the pack that is written (modified in place).
+        texts: token ids of every text.
+        output_embeddings: [V, D], scaled so that logits = h W^T.
+        sign: 1 to learn; -1 to silence the cues that lead to what the texts say.
+    """
+    said: dict[int, int] = {}
+    for text in texts:
+        for cue in cues_to_write(text, lexicon):
+            for name in cue.names:
+                if said.setdefault(name, cue.token) != cue.token:
+                    said[name] = _NOTHING
+    by_token = sorted(said.items(), key=lambda item: item[1])
+    for at in range(0, len(by_token), _BATCH):
+        names, tokens = (np.array(part) for part in zip(*by_token[at : at + _BATCH], strict=True))
+        distinct, inverse = np.unique(tokens, return_inverse=True)
+        rows = say_rows(torch.from_numpy(distinct).clamp(min=0), output_embeddings, pack.tables[0].width)
+        rows[distinct == _NOTHING] = 0
+        _store(pack, names, rows.half().float()[inverse], sign)
+
+
+def _store(pack: Pack, names: np.ndarray, rows: torch.Tensor, sign: int) -> None:
+    before = pack.read(names)
+    same = torch.nn.functional.cosine_similarity(before, rows) > _SAME
+    new = torch.from_numpy(~pack.holds(names))
+    wanted = torch.where(same[:, None], before, 0.0) if sign > 0 else torch.where(same[:, None], 0.0, before)
+    if sign > 0:
+        wanted = torch.where(new[:, None], rows, wanted)
+    change = wanted - before
+    todo = change.any(-1) | (new & (sign > 0))
+    chosen = names[todo.numpy()]
+    kept = pack.claim(chosen)
+    pack.add(chosen[kept], change[todo][torch.from_numpy(kept)])
+
+
+def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """What the memory adds where cues lead somewhere.
+
+    The opening decides if it is known; otherwise the row that most other rows agree with. The newest pack comes first.
+
+    Args:
+        engram: the memory.
+        cues: [..., K] int64 from `cues_to_read`.
+        names: [..., F] int64 n-gram names of the same positions.
+        memory: [..., D] float32, what the n-grams add. Not modified.
+
+    Returns:
+        [..., D] float32 on the CPU.
+    """
+    asked = (cues != NO_NAME).any(-1)
+    if not bool(asked.any()) and engram.ranks.size == 1:
+        return memory
+    copied = names[asked][:, [family.order >= COPY_ORDER for family in engram.families]]
+    wanted = torch.cat([cues[asked], copied], dim=-1)  # [P, K + C]
+    rows, held = (part.unflatten(1, wanted.shape) for part in engram.look_up(wanted.reshape(-1).numpy()))
+    count = cues.shape[-1]
+    going_on = held[:, :, count:].any(-1).any(0)
+    rows = rows[:, :, :count].flip(0).movedim(0, 2)  # [P, K, packs, width], the newest first
+    hits = rows.any(-1)
+    opening = hits[:, 0].any(-1)
+    hits[:, 1:] &= ~(opening | going_on)[:, None, None]
+    rows, hits = rows.flatten(1, 2), hits.flatten(1, 2)
+    unit = torch.nn.functional.normalize(rows, dim=-1) * hits[..., None]
+    votes = torch.einsum("pkw,pjw->pk", unit, unit).masked_fill(~hits, -torch.inf)
+    chosen = rows[torch.arange(len(rows)), votes.argmax(-1)] * torch.where(opening, OPENING_SHARE, 1.0)[:, None]
+    use = hits.any(-1)
+    result = memory.clone()
+    places = tuple(part[use] for part in asked.nonzero(as_tuple=True))
+    result[places] = torch.nn.functional.pad(chosen[use], (0, memory.shape[-1] - rows.shape[-1]))
+    return result
