@@ -14,9 +14,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .cues_karla import cues_to_write
-from .engram_karla import Engram, Pack
-from .hashing_karla import NO_NAME
+from .cues_karla import cues_to_read, cues_to_write
+from .engram_karla import Engram
+from .hashing_karla import NO_NAME, name_positions
+from .levels_karla import Pack
+from .sentences_karla import NO_TOKEN
 from .words_karla import Lexicon
 
 
@@ -109,6 +111,28 @@ def _store(pack: Pack, names: np.ndarray, rows: torch.Tensor, sign: int) -> None
     chosen = names[todo.numpy()]
     kept = pack.claim(chosen)
     pack.add(chosen[kept], change[todo][torch.from_numpy(kept)])
+
+
+def recall(engram: Engram, history: torch.Tensor, keep: int) -> torch.Tensor:
+    """What the memory adds to the last positions: n-grams, and answers where a question stands before them.
+
+    Args:
+        engram: the memory.
+        history: [B, N] int64 token ids, `NO_TOKEN` where there is none; what is missing of `engram.reach` is taken for that.
+        keep: positions wanted, from the end.
+
+    Returns:
+        [B, keep, D] float32 on the CPU; a single zero where the memory holds nothing.
+    """
+    if not engram.active:
+        return torch.zeros(())
+    length = engram.reach + keep
+    history = torch.nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
+    names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
+    memory = engram.read(names)
+    if engram.lexicon is None:
+        return memory
+    return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
 
 
 def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:

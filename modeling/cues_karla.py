@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .hashing_karla import NO_NAME, NO_TOKEN, scramble
+from .hashing_karla import NO_NAME, scramble
+from .sentences_karla import NO_TOKEN
 from .words_karla import FOREIGN, LEAD_IN, Lexicon, Word, find_sentences, find_words, is_request, pair_words
 
 

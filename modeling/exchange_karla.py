@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .engram_karla import Engram, Pack
+from .engram_karla import Engram
 from .files_karla import open_tensors
+from .levels_karla import Pack
 from .manifest_karla import FOLDER, MANIFEST, check_pack_name, files_of, parse_manifest
 from .packs_karla import load_folder
 from .saving_karla import check_undamaged, save_folder

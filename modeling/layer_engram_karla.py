@@ -24,7 +24,8 @@ from torch.nn.functional import pad, silu
 from transformers.cache_utils import Cache
 
 from .cache_karla import RowsCacheLayer, karla_layer
-from .hashing_karla import NO_TOKEN, HashConstants, NgramFamily, hash_constants, row_addresses
+from .hashing_karla import HashConstants, NgramFamily, hash_constants, row_addresses
+from .sentences_karla import NO_TOKEN
 
 
 KERNEL = 4

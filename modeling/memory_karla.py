@@ -217,9 +217,10 @@ class KarlaMemoryMixin:
 
     def _closed_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         device = self.get_input_embeddings().weight.device
-        out = self.model.backbone(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-        )
+        with self.model.trained_rows(input_ids, attention_mask, None, 0):
+            out = self.model.backbone(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+            )
         return out.last_hidden_state
 
     def _check_tokenizer(self, tokenizer) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from .answers_karla import read_answers
+from .answers_karla import recall
 from .attention_karla import cut_blocks
 from .backbone_karla import load_backbone, load_tokenizer, quantization_config, resolve_backbone, split_backbone
 from .bitlinear_karla import set_packed
@@ -23,9 +23,8 @@ from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
-from .cues_karla import cues_to_read
 from .engram_karla import new_engram
-from .hashing_karla import NO_TOKEN, compress_vocabulary, name_positions, sentence_boundaries
+from .hashing_karla import compress_vocabulary
 from .layer_engram_karla import LayerEngram
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
@@ -35,6 +34,7 @@ from .pretrained_karla import (
     finish_logits,
     logit_scale,
 )
+from .sentences_karla import NO_TOKEN, sentence_boundaries
 from .words_karla import Lexicon
 
 
@@ -155,7 +155,7 @@ class KarlaModel(KarlaPreTrainedModel):
         keep = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
         blocks, history = self._remember(input_ids, attention_mask, out, past_key_values, past, keep)
         hidden = out.last_hidden_state[:, -keep:]
-        state = hidden + self._recall(history, keep).to(hidden)
+        state = hidden + recall(self.memory, history, keep).to(hidden)
         delta, ticks_used, sure, deltas = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
         return KarlaModelOutput(
             last_hidden_state=state + delta.to(state.dtype),
@@ -191,18 +191,6 @@ class KarlaModel(KarlaPreTrainedModel):
         valid = (history != NO_TOKEN).to(keys_values.device)
         registers = self.ctm.memory.registers
         return cut_blocks(keys_values, valid, registers, positions[:, -keep:], self.config.ctm_window), history
-
-    def _recall(self, history: torch.Tensor, keep: int) -> torch.Tensor:
-        """What the memory adds to the last `keep` positions, [B, keep, D]; one zero where it holds nothing."""
-        if not self.memory.active:
-            return torch.zeros(())
-        engram, length = self.memory, self.memory.reach + keep
-        history = nn.functional.pad(history[:, -length:], (max(0, length - history.shape[1]), 0), value=NO_TOKEN)
-        names = name_positions(history[:, -(engram.history + keep) :], engram.families, engram.constants)
-        memory = engram.read(names)
-        if engram.lexicon is None:
-            return memory
-        return read_answers(engram, cues_to_read(history, engram.lexicon, keep), names, memory)
 
     def _think(self, state, blocks, max_ticks, threshold, all_ticks):
         """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .engram_karla import Engram, EngramLayout
+from .engram_karla import Engram
 from .files_karla import open_tensors
 from .hashing_karla import NameConstants, NgramFamily
+from .levels_karla import EngramLayout
 from .manifest_karla import FOLDER, MANIFEST, parse_manifest, stored_file
 from .saving_karla import content_hash, damaged_files, save_folder
 from .stored_table_karla import load_table

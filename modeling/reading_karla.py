@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from transformers.utils import logging
 
-from .engram_karla import Engram, Pack
-from .hashing_karla import NO_TOKEN, name_positions, sentence_age
+from .engram_karla import Engram
+from .hashing_karla import name_positions
+from .levels_karla import Pack
 from .ranks_karla import Ranks
+from .sentences_karla import NO_TOKEN, sentence_age
 from .writing_karla import write_chunk
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .cues_karla import HISTORY, LEAST_OPENING, MAX_PAIRS, QUESTION, REACH, cue_name
-from .hashing_karla import NO_NAME, NO_TOKEN, scramble
+from .hashing_karla import NO_NAME, scramble
+from .sentences_karla import NO_TOKEN
 from .words_karla import LEAD_IN, Lexicon, find_sentences, find_words, is_request, normalised, pair_words
 
 

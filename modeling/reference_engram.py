@@ -10,8 +10,10 @@ import math
 import numpy as np
 import torch
 
-from .engram_karla import Engram, EngramLayout, Level, Pack
-from .hashing_karla import BEGINS, BREAKS, ENDS, NO_NAME, NO_TOKEN, NameConstants, NgramFamily
+from .engram_karla import Engram
+from .hashing_karla import NO_NAME, NameConstants, NgramFamily
+from .levels_karla import EngramLayout, Level, Pack
+from .sentences_karla import BEGINS, BREAKS, ENDS, NO_TOKEN
 
 
 _BITS = 2**64 - 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .engram_karla import Engram, Pack
+from .engram_karla import Engram
 from .files_karla import (
     StoredFile,
     bring_file,
@@ -20,6 +20,7 @@ from .files_karla import (
     whole,
     write_tensors,
 )
+from .levels_karla import Pack
 from .lock_karla import lock_folder
 from .manifest_karla import MANIFEST, SCHEMA, files_of, parse_manifest, stored_file
 from .stored_table_karla import first_to_merge, write_table

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import distributed
 
-from .engram_karla import GROWTH, Engram, EngramLayout, Level, Pack, PackCount
+from .engram_karla import Engram
 from .hashing_karla import NO_NAME
+from .levels_karla import GROWTH, EngramLayout, Level, Pack, PackCount
 from .ranks_karla import Ranks
 from .table_karla import EngramTable
 

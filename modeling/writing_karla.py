@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .engram_karla import Engram, Pack
+from .engram_karla import Engram
+from .levels_karla import Pack
 from .native_karla import c_function, c_integers
 
 

@@ -11,7 +11,7 @@ from tiny import OPTIONS, save_backbone
 from trl import SFTConfig
 
 from karla_hf import KarlaForCausalLM, load_tokenizer
-from karla_hf.modeling.hashing_karla import NO_TOKEN
+from karla_hf.modeling.sentences_karla import NO_TOKEN
 from karla_hf.optimizer import RowsAdamW
 from karla_hf.trainer import KarlaSFTTrainer
 from karla_hf.training import run_recipe

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from karla_hf import KarlaConfig, KarlaForCausalLM
 from karla_hf.modeling import hashing_karla, table_karla, writing_karla
 from karla_hf.modeling.engram_karla import Engram, new_engram
-from karla_hf.modeling.hashing_karla import BEGINS, BREAKS, ENDS, NO_TOKEN, name_positions
+from karla_hf.modeling.hashing_karla import name_positions
+from karla_hf.modeling.sentences_karla import BEGINS, BREAKS, ENDS, NO_TOKEN
 
 
 VOCAB_SIZE = 300

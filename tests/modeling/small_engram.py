@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from karla_hf.modeling.engram_karla import Engram, EngramLayout
+from karla_hf.modeling.engram_karla import Engram
 from karla_hf.modeling.hashing_karla import NgramFamily, name_constants
+from karla_hf.modeling.levels_karla import EngramLayout
 from karla_hf.modeling.packs_karla import load_engram
 
 

@@ -5,8 +5,9 @@ import torch
 
 from karla_hf.modeling.answers_karla import MARGIN, say_rows, write_answers
 from karla_hf.modeling.cues_karla import HISTORY, MAX_PAIRS, cues_to_read, cues_to_write
-from karla_hf.modeling.hashing_karla import NO_NAME, NO_TOKEN
+from karla_hf.modeling.hashing_karla import NO_NAME
 from karla_hf.modeling.reference_cues import naive_opening, naive_pairs
+from karla_hf.modeling.sentences_karla import NO_TOKEN
 from karla_hf.modeling.words_karla import Lexicon
 
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karla_hf.modeling.engram_karla import EngramLayout, Level, Pack
 from karla_hf.modeling.hashing_karla import NO_NAME, scramble
+from karla_hf.modeling.levels_karla import EngramLayout, Level, Pack
 from karla_hf.modeling.reference_engram import NaivePack, coordinates_of, naive_read, rows_by_level
 
 

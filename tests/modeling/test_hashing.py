@@ -14,11 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from karla_hf import load_tokenizer
 from karla_hf.modeling import hashing_karla
 from karla_hf.modeling.hashing_karla import (
-    BEGINS,
-    BREAKS,
-    ENDS,
     NO_NAME,
-    NO_TOKEN,
     NgramFamily,
     compress_vocabulary,
     hash_constants,
@@ -26,9 +22,9 @@ from karla_hf.modeling.hashing_karla import (
     name_positions,
     row_addresses,
     scramble,
-    sentence_boundaries,
 )
 from karla_hf.modeling.reference_engram import naive_names, naive_ngram_rows
+from karla_hf.modeling.sentences_karla import BEGINS, BREAKS, ENDS, NO_TOKEN, sentence_boundaries
 
 
 ORDERS = [[2, 3], [4, 6, 12, 24]]
