@@ -5,6 +5,8 @@ Khandelwal et al., "Generalization through Memorization" (https://arxiv.org/abs/
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +18,9 @@ from karla_hf.modeling.backbone_karla import split_backbone
 
 NEIGHBOURS = 64
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
-TEMPERATURES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+EVERYWHERE = (math.inf,)
+RADII = (10.0, 30.0, 100.0, 200.0, 400.0, 800.0, math.inf)
 
 
 class KnnHead(nn.Module):
@@ -24,7 +28,8 @@ class KnnHead(nn.Module):
 
         p(y | h) = (1 - share) softmax(lm_head(h))_y + share sum_{i: y_i = y} softmax_i(-|h - k_i|^2 / temperature)
 
-    over the `NEIGHBOURS` nearest keys k_i. Search is exact.
+    over the `NEIGHBOURS` nearest keys k_i. Search is exact. The paper's share is one number for every state; with a
+    `radius` it counts only where the nearest key is that near, so that text unlike all that was read is left alone.
 
     Args:
         lm_head: the output layer, [V, D]. Not modified.
@@ -32,6 +37,7 @@ class KnnHead(nn.Module):
     Attributes:
         share: the weight of the neighbours, 0 to 1; at 0, or with nothing stored, the layer is `lm_head`.
         temperature: of the softmax over squared distances, more than 0.
+        radius: largest squared distance of the nearest key; infinite as in the paper.
         keys: [N, D] float16.
         values: [N] int32, the token that followed each key.
     """
@@ -39,7 +45,7 @@ class KnnHead(nn.Module):
     def __init__(self, lm_head: nn.Module) -> None:
         super().__init__()
         self.lm_head = lm_head
-        self.share, self.temperature = 0.5, 10.0
+        self.share, self.temperature, self.radius = 0.5, 10.0, math.inf
         self.keys = torch.empty(0, self.weight.shape[1], dtype=torch.float16)
         self.values = torch.empty(0, dtype=torch.int32)
 
@@ -67,9 +73,9 @@ class KnnHead(nn.Module):
         if self.share == 0 or len(self.keys) == 0:
             return logits
         distances, tokens = self.neighbours(states.flatten(0, -2))
-        weights = self.share * torch.softmax(-distances / self.temperature, dim=-1)
-        mixed = (1 - self.share) * logits.float().softmax(-1).flatten(0, -2)
-        mixed.scatter_add_(1, tokens, weights)
+        share = self.share * (distances[:, :1] <= self.radius)
+        mixed = (1 - share) * logits.float().softmax(-1).flatten(0, -2)
+        mixed.scatter_add_(1, tokens, share * torch.softmax(-distances / self.temperature, dim=-1))
         return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log().view_as(logits)
 
 
@@ -103,31 +109,33 @@ class KnnReader:
             self.head.add(states, targets)
 
     @torch.no_grad()
-    def tune(self, examples: Sequence[tuple[str, str]]) -> tuple[float, float]:
-        """Choose share and temperature for the least mean loss per token, averaged over the examples' kinds.
+    def tune(self, examples: Sequence[tuple[str, str]], radii: Sequence[float] = EVERYWHERE) -> dict[str, float]:
+        """Choose share, temperature and radius for the least mean loss per token, averaged over kinds of examples.
 
         Args:
-            examples: pairs of what is given and what is to be predicted after it. Those whose given part is empty
-                count one by one; all others together are one kind (facts).
+            examples: pairs of what is given and what is to be predicted after it. Each one whose given part is empty
+                is a kind of its own; all others together are one kind (facts).
+            radii: to choose from.
 
         Returns:
-            The chosen share and temperature, which the head now has.
+            The chosen `share`, `temperature` and `radius`, which the head now has.
         """
         measured = [self._measure(given, predicted) for given, predicted in examples]
         documents = [parts for parts, (given, _) in zip(measured, examples, strict=True) if not given]
         facts = [parts for parts, (given, _) in zip(measured, examples, strict=True) if given]
         kinds = [*documents, tuple(torch.cat(column) for column in zip(*facts, strict=True))] if facts else documents
 
-        def loss(share: float, temperature: float) -> float:
-            losses = [
-                -((1 - share) * base + share * (torch.softmax(-far / temperature, -1) * right).sum(-1)).log().mean()
-                for base, far, right in kinds
-            ]
-            return float(sum(losses)) / len(losses)
+        def loss(share: float, temperature: float, radius: float) -> float:
+            total = 0.0
+            for base, distances, right in kinds:
+                near = share * (distances[:, 0] <= radius)
+                mixed = (1 - near) * base + near * (torch.softmax(-distances / temperature, -1) * right).sum(-1)
+                total -= mixed.log().mean().item()
+            return total / len(kinds)
 
-        grid = [(share, temperature) for share in SHARES for temperature in TEMPERATURES]
-        self.head.share, self.head.temperature = min(grid, key=lambda point: loss(*point))
-        return self.head.share, self.head.temperature
+        best = min(itertools.product(SHARES, TEMPERATURES, radii), key=lambda point: loss(*point))
+        self.head.share, self.head.temperature, self.head.radius = best
+        return dict(zip(("share", "temperature", "radius"), best, strict=True))
 
     @property
     def num_bytes(self) -> int:

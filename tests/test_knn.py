@@ -72,9 +72,20 @@ def test_the_mixture_equals_the_equation():
 def test_tuning_takes_a_large_share_where_all_was_read_and_a_small_one_where_nothing_was(reader):
     reader.read(TEXTS)
     facts = [(fact.prompt, fact.answer) for fact in FACTS]
-    assert reader.tune(facts)[0] == SHARES[-1]
-    assert reader.tune([("", OTHER)])[0] < 0.5
+    assert reader.tune(facts)["share"] == SHARES[-1]
+    assert reader.tune([("", OTHER)])["share"] < 0.5
     assert reader.head.temperature in TEMPERATURES
+    assert reader.head.radius == math.inf
+
+
+def test_a_radius_leaves_text_alone_that_is_unlike_all_that_was_read(reader, tokenizer):
+    bare = perplexity(reader.model, tokenizer, OTHER, progress=False)
+    reader.read(TEXTS)
+    facts = [(fact.prompt, fact.answer) for fact in FACTS]
+    chosen = reader.tune([*facts, ("", OTHER)], radii=(0.01, math.inf))
+    assert chosen == {"share": SHARES[-1], "temperature": reader.head.temperature, "radius": 0.01}
+    assert perplexity(reader.model, tokenizer, OTHER, progress=False) == pytest.approx(bare, rel=1e-5)
+    assert exact_recall(reader.model, tokenizer, FACTS, progress=False).exact == len(FACTS)
 
 
 @torch.no_grad()
