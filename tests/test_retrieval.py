@@ -1,12 +1,9 @@
-import hashlib
 import importlib.util
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import make_backbone, make_tokenizer
-from torch import nn
+from tiny import BagOfWords, make_backbone, make_tokenizer
 
 from karla_hf.evaluation import exact_recall, perplexity
 from karla_hf.facts import make_facts
@@ -15,20 +12,6 @@ from karla_hf.retrieval import ENCODER_PACKAGE, RetrievalReader, SentenceEncoder
 
 FACTS = make_facts(10)
 TEXTS = [fact.text for fact in FACTS]
-
-
-class BagOfWords:
-    """An encoder without weights: each word is a fixed random direction."""
-
-    model = SimpleNamespace(config=SimpleNamespace(hidden_size=256))
-
-    def encode(self, texts):
-        rows = torch.zeros(len(texts), 256)
-        for row, text in zip(rows, texts, strict=True):
-            for word in text.split():
-                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
-                row += torch.randn(256, generator=torch.Generator().manual_seed(seed))
-        return nn.functional.normalize(rows, dim=-1)
 
 
 @pytest.fixture
@@ -88,7 +71,7 @@ def test_the_backbones_own_settings_for_generation_are_those_of_the_reader(reade
 
 def test_perplexity_with_nothing_stored_is_that_of_evaluation(reader, tokenizer):
     text = " ".join(TEXTS)
-    assert len(tokenizer(text)["input_ids"]) > 3 * 64
+    assert len(tokenizer(text)["input_ids"]) > 200
     expected = perplexity(reader.backbone, tokenizer, text, progress=False)
     assert reader.perplexity(text) == pytest.approx(expected, rel=1e-5)
     assert reader.perplexity(text, 100) == pytest.approx(perplexity(reader.backbone, tokenizer, text, 100, False))
@@ -97,14 +80,16 @@ def test_perplexity_with_nothing_stored_is_that_of_evaluation(reader, tokenizer)
 def test_perplexity_of_a_window_is_given_the_passages_for_what_stands_before_it(reader, tokenizer):
     text = " ".join(TEXTS)
     reader.read(text)
-    ids = tokenizer(text)["input_ids"][:100]
-    before = tokenizer("".join(f"{p.rstrip()}\n" for p in reader.retrieve(tokenizer.decode(ids[:64]))))["input_ids"]
+    ids = tokenizer(text)["input_ids"][:150]
+    assert len(ids) == 150
+    found = reader.retrieve(tokenizer.decode(ids[64:128]))
+    before = tokenizer("".join(f"{passage.rstrip()}\n" for passage in found))["input_ids"]
     assert len(before) > 64
     with torch.no_grad():
-        first = reader.backbone(torch.tensor([ids[:64]]), labels=torch.tensor([ids[:64]])).loss.item() * 63
-        labels = torch.tensor([[-100] * (len(before) + 64) + ids[64:]])
-        second = reader.backbone(torch.tensor([before + ids]), labels=labels).loss.item() * 36
-    assert reader.perplexity(text, 100) == pytest.approx(math.exp((first + second) / 99), rel=1e-5)
+        first = reader.backbone(torch.tensor([ids[:128]]), labels=torch.tensor([ids[:128]])).loss.item() * 127
+        labels = torch.tensor([[-100] * (len(before) + 128) + ids[128:]])
+        second = reader.backbone(torch.tensor([before + ids]), labels=labels).loss.item() * 22
+    assert reader.perplexity(text, 150) == pytest.approx(math.exp((first + second) / 149), rel=1e-5)
 
 
 def test_passages_joined_are_the_text():
