@@ -25,9 +25,9 @@ from karla_hf.retrieval import RetrievalReader, SentenceEncoder
 
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)
 EPOCHS = (1, 4, 16)
-TOP_KS = (1, 2, 4, 8)
-TUNING_FACTS = 50  # facts asked, of all that were stored, to choose a top_k
-TUNING_TOKENS = 640
+TOP_KS = (1, 2, 4)
+TUNING_FACTS = 40  # facts asked, of all that were stored, to choose a top_k
+TUNING_TOKENS = 512
 
 logger = logging.get_logger(__name__)
 Row = dict[str, float]

@@ -1,4 +1,4 @@
-"""Honest timings: ours and a peer in turn, in one process, median of several rounds; and tables of qualities.
+"""Timings: ours and a peer in turn, in one process, median of several rounds; and tables of qualities.
 
 A bench is `tests/bench/bench_<name>.py`. One of timings defines `rows()`, which yields `Row`s. One of qualities defines
 `run()`, which returns `{"rows": {name: {column: number}}}` and whatever else belongs into the JSON, and, if it has a

@@ -67,8 +67,8 @@ def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], p
     """Draw forgetting matrices as heat maps: perplexities, coloured by their ratio to the bare backbone's.
 
     Args:
-        matrices: by method, rows of perplexities, NaN where a document was not read yet; the first one has the single row
-            of the bare backbone.
+        matrices: by method, rows of perplexities, NaN where a document was not read yet; the first one has the single
+            row of the bare backbone.
         titles: of the columns.
         path: the PNG file.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,8 +50,8 @@ class SentenceEncoder:
 class RetrievalReader(nn.Module):
     """A causal LM that sees, before every prompt, the stored passages nearest to it.
 
-    Texts are stored in passages of 64 words. Each passage found brings along the one that follows it in its text, as in
-    RETRO, because that is where a text goes on. The nearest stands last. `generate` takes left-padded prompts, so
+    Texts are stored in passages of 64 words. Each passage found brings along the one that follows it in its text, as
+    in RETRO, because that is where a text goes on. The nearest stands last. `generate` takes left-padded prompts, so
     `exact_recall` can ask it; a perplexity needs a query that moves with the text, hence its own `perplexity`.
 
     Args:
@@ -125,15 +125,16 @@ class RetrievalReader(nn.Module):
         width = max(map(len, longer))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in longer], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in longer], device=self.device)
-        out = self.backbone.generate(input_ids=ids, attention_mask=mask, generation_config=generation_config)  # type: ignore[operator]
+        generate: Callable[..., Tensor] = self.backbone.generate  # type: ignore[assignment]
+        out = generate(input_ids=ids, attention_mask=mask, generation_config=generation_config)
         return torch.cat([input_ids, out[:, width:]], dim=1)
 
     @torch.no_grad()
     def perplexity(self, text: str, max_tokens: int | None = None) -> float:
         """Perplexity of a text with retrieval every 128 tokens (in-context RALM, https://arxiv.org/abs/2302.00083).
 
-        The tokens t .. t + 127 are predicted from [passages for the tokens t - 64 .. t - 1][all tokens before them]; the
-        first 128 have nothing to ask with, and no passages. Every token but the first counts, as in `evaluation`.
+        The tokens t .. t + 127 are predicted from [passages for the tokens t - 64 .. t - 1][all tokens before them];
+        the first 128 have nothing to ask with, and no passages. Every token but the first counts, as in `evaluation`.
 
         Args:
             text: the text.

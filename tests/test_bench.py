@@ -9,7 +9,8 @@ from karla_hf.figures import draw_baselines, draw_forgetting
 
 QUALITY = """
 def run():
-    return {"rows": {"a": {"recall": 3, "perplexity": 1.5}, "b": {"recall": 1200, "perplexity": float("nan")}}, "more": 1}
+    rows = {"a": {"recall": 3, "perplexity": 1.5}, "b": {"recall": 1200, "perplexity": float("nan")}}
+    return {"rows": rows, "more": 1}
 
 def draw(result, path):
     path.write_text(str(result["more"]))

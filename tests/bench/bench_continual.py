@@ -11,7 +11,7 @@ from karla_hf.figures import draw_forgetting
 
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TOKENS = 800
+TOKENS = 600
 
 
 def installed_text(distribution, name):
@@ -48,7 +48,6 @@ def run():
     }
     development = [
         class_documentation("trl", "trl/trainer/dpo_trainer.py", "DPOTrainer"),
-        python_reference()["execmodel"],
         package_description("sortedcontainers"),
         fact_list("development"),
     ]
