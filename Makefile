@@ -29,7 +29,7 @@ format: .venv/.ready  ## mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.ready  ## measure everything the README claims, into bench.json
+bench: .venv/.ready  ## measure everything the README claims, into bench.json (about an hour)
 	$(BIN)/karla bench all --json bench.json
 
 build: .venv/.ready  ## sdist and wheel, into dist/
