@@ -162,7 +162,7 @@ def _knn(
     tuned = KnnReader(backbone, tokenizer)
     tuned.read(development.texts)
     asked = [(fact.prompt, fact.answer) for fact in development.facts]
-    examples = [*asked, ("", development.document), ("", development.unrelated)]
+    examples = [*asked, *(("", text) for text in (development.document, development.related, development.unrelated))]
     settings = {name: tuned.tune(examples, radii) for name, radii in kinds.items()}
     tuned.remove()
     reader = KnnReader(backbone, tokenizer)
