@@ -14,7 +14,7 @@ from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 
 
 PASSES = (1, 4)
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 PIECE_TOKENS = 128  # of LoRA: short texts in pieces of 512 would be one or two steps
 
 logger = logging.get_logger(__name__)
