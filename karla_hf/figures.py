@@ -83,7 +83,9 @@ def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], p
         image = axes.imshow(ratios, cmap="RdYlBu_r", vmin=-3, vmax=3, aspect="auto")
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
-                axes.text(j, i, "" if isnan(value) else f"{value:.2f}", ha="center", va="center", fontsize=8)
+                colour = "white" if abs(ratios[i][j]) > 1.8 else "black"
+                text = "" if isnan(value) else f"{value:.2f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(titles)), titles, fontsize=8)
         labels = [f"after {title}" for title in titles[: len(matrix)]] if len(matrix) > 1 else [""]
         axes.set_yticks(range(len(matrix)), labels, fontsize=8)
@@ -91,6 +93,6 @@ def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], p
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=list(panels), shrink=0.4, ticks=[-3, 0, 3])
-    bar.ax.set_yticklabels(["1/8 of", "as", "8 times"])
-    bar.ax.set_title("bare\nbackbone", fontsize=8)
+    bar.ax.set_yticklabels(["1/8", "equal", "8 x"])
+    bar.ax.set_title("of the bare\nbackbone's", fontsize=8)
     figure.savefig(path, dpi=150)
