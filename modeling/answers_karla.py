@@ -1,11 +1,11 @@
-"""Answers: the rows that cues lead to, how they are written, and how several of them agree.
+"""Answers: the rows that cues lead to, how they are written, and which of them is heard.
 
 A cue's row says its token whatever the context: v_y is a short vector on the first `width` coordinates with
 
     v_y . (W_y - W_k) >= MARGIN      for every other token k,
 
 found by projecting on the most violated half-space in turn (the perceptron with margin, Kaczmarz's step). It replaces
-what n-grams say at its position. Pairs keep silent where an n-gram of `COPY_ORDER` tokens or more is known: there a text
+what n-grams say at its position. Sets of words keep silent where an n-gram of `COPY_ORDER` tokens or more is known: there a text
 goes on as it was read. A cue that has led to two different tokens leads nowhere: its row is zero from then on.
 """
 
@@ -138,7 +138,7 @@ def recall(engram: Engram, history: torch.Tensor, keep: int) -> torch.Tensor:
 def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     """What the memory adds where cues lead somewhere.
 
-    The opening decides if it is known; otherwise the row that most other rows agree with. The newest pack comes first.
+    The opening decides if it leads somewhere; otherwise the most telling set of words that does. The newest pack comes first.
 
     Args:
         engram: the memory.
@@ -154,19 +154,19 @@ def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory
         return memory
     copied = names[asked][:, [family.order >= COPY_ORDER for family in engram.families]]
     wanted = torch.cat([cues[asked], copied], dim=-1)  # [P, K + C]
-    rows, held = (part.unflatten(1, wanted.shape) for part in engram.look_up(wanted.reshape(-1).numpy()))
-    count = cues.shape[-1]
-    going_on = held[:, :, count:].any(-1).any(0)
-    rows = rows[:, :, :count].flip(0).movedim(0, 2)  # [P, K, packs, width], the newest first
-    hits = rows.any(-1)
-    opening = hits[:, 0].any(-1)
-    hits[:, 1:] &= ~(opening | going_on)[:, None, None]
-    rows, hits = rows.flatten(1, 2), hits.flatten(1, 2)
-    unit = torch.nn.functional.normalize(rows, dim=-1) * hits[..., None]
-    votes = torch.einsum("pkw,pjw->pk", unit, unit).masked_fill(~hits, -torch.inf)
-    chosen = rows[torch.arange(len(rows)), votes.argmax(-1)] * torch.where(opening, OPENING_SHARE, 1.0)[:, None]
+    there = wanted != NO_NAME
+    rows, held = engram.look_up(wanted[there].numpy())  # [packs, M, width], [packs, M]
+    leads = rows.any(-1)
+    newest = rows.flip(0)[leads.flip(0).int().argmax(0), torch.arange(rows.shape[1])]  # [M, width]
+    known = torch.zeros(wanted.shape, dtype=torch.bool).masked_scatter_(there, held.any(0))
+    hits = torch.zeros_like(known).masked_scatter_(there, leads.any(0))[:, : cues.shape[-1]]
+    hits[:, 1:] &= ~known[:, cues.shape[-1] :].any(-1, keepdim=True)
+    index = torch.zeros(wanted.shape, dtype=torch.int64).masked_scatter_(there, torch.arange(len(newest)))
     use = hits.any(-1)
+    first = hits[use].int().argmax(-1)
+    chosen = newest[index[use].gather(-1, first[:, None])[:, 0]]
+    chosen *= torch.where(first == 0, OPENING_SHARE, 1.0)[:, None]
     result = memory.clone()
     places = tuple(part[use] for part in asked.nonzero(as_tuple=True))
-    result[places] = torch.nn.functional.pad(chosen[use], (0, memory.shape[-1] - rows.shape[-1]))
+    result[places] = torch.nn.functional.pad(chosen, (0, memory.shape[-1] - chosen.shape[-1]))
     return result

@@ -1,14 +1,14 @@
 """Cues: by which words of a question, in whatever order, an answer is found that was read in other words.
 
 An n-gram continues a text as it was written. A question shares a few words with the sentence that answers it: what it is
-about (the *head*, see `words_karla`) and something else of it. So an answer lives under unordered pairs {head, other word}
+about (the *head*, see `words_karla`) and one or two other words. So an answer lives under unordered sets {head, other, other}
 of the words around it, together with what has been said of it already:
 
-    name = hash(head, other, answer so far)                    its row says the answer's next token.
+    name = hash(set of words, answer so far)                  its row says the answer's next token.
 
 Writing knows the whole sentence, words after the answer included. What may be asked for, the *spans*, are its names, unknown
 words and numbers. Reading happens in *slots*: the tokens after a question mark, after a request, or where the assistant
-begins. Elsewhere a position has no pairs, so that running text cannot be disturbed.
+begins. Elsewhere a position has no sets, so that running text cannot be disturbed.
 
 One further name holds everywhere, the *opening*: a hash of all letters of the sentence so far, whatever their case and
 however they fall into tokens. Names depend on the last `HISTORY` tokens alone.
@@ -26,27 +26,27 @@ import torch
 
 from .hashing_karla import NO_NAME, scramble
 from .sentences_karla import NO_TOKEN
-from .words_karla import FOREIGN, LEAD_IN, Lexicon, Word, find_sentences, find_words, is_request, pair_words
+from .words_karla import FOREIGN, LEAD_IN, Lexicon, Word, find_sentences, find_words, is_request, word_sets
 
 
 REACH = 40  # tokens of a slot
 QUESTION = 88  # tokens before a slot that are taken for its question
 HISTORY = REACH + QUESTION  # tokens that a name depends on, its position's included
-MAX_PAIRS = 16  # pairs of a question that are looked up
+MAX_SETS = 32  # sets of a question's words that are looked up
 LEAST_OPENING = 16  # letters
 _SIGNS = "$€£¥#+-~@"  # what belongs to a span that it touches
 _BASE = 0x9E3779B97F4A7C15  # odd
 _INVERSE = pow(_BASE, -1, 1 << 64)
 
 
-def cue_name(pair: tuple[str, str], said: str) -> int:
-    """The name of a pair of words after `said`: 63 bits, never `NO_NAME`.
+def cue_name(words: tuple[str, ...], said: str) -> int:
+    """The name of a set of words after `said`: 63 bits, never `NO_NAME`.
 
     Args:
-        pair: in alphabetical order.
+        words: in alphabetical order.
         said: what has been said of the answer.
     """
-    digest = hashlib.blake2b("\0".join((*pair, said)).encode("utf-8", "replace"), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join((*words, said)).encode("utf-8", "replace"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 1) or 1
 
 
@@ -107,7 +107,7 @@ class CueWrite(NamedTuple):
 def cues_to_write(ids: list[int], lexicon: Lexicon) -> Iterator[CueWrite]:
     """The answers in a text that is known as a whole, under the words around them.
 
-    Where one pair of a sentence leads to two of its spans, the longer one is meant. The sentence so far counts from its
+    Where one set of a sentence leads to two of its spans, the longer one is meant. The sentence so far counts from its
     first foreign word on, since before it nothing tells what the sentence is about.
 
     Args:
@@ -125,15 +125,15 @@ def cues_to_write(ids: list[int], lexicon: Lexicon) -> Iterator[CueWrite]:
         words = find_words(sentence, lexicon.known)
         spans = _spans(sentence, words)
         about = first + min((word.start for word in words if word.rank & FOREIGN), default=len(sentence))
-        taken: set[tuple[str, str]] = set()
+        taken: set[tuple[str, ...]] = set()
         for core, start, end in sorted(spans, key=lambda span: span[1] - span[2]):
-            pairs = [pair for pair in pair_words([word for word in words if word not in core]) if pair not in taken]
-            taken.update(pairs)
+            keys = [key for key in word_sets([word for word in words if word not in core]) if key not in taken]
+            taken.update(keys)
             begin = int(np.searchsorted(starts, first + start, side="right")) - 1
             stop = int(np.searchsorted(starts, first + end, side="left"))
             for at in range(begin, stop):
                 said = text[starts[begin] : starts[at]]
-                names = [cue_name(pair, said) for pair in pairs]
+                names = [cue_name(key, said) for key in keys]
                 if first + start > about and openings[at] != NO_NAME:
                     names.append(openings[at])
                 yield CueWrite(names, ids[at])
@@ -176,22 +176,22 @@ def cues_to_read(history: torch.Tensor, lexicon: Lexicon, keep: int) -> torch.Te
         keep: positions wanted, from the end.
 
     Returns:
-        [B, keep, 1 + MAX_PAIRS] int64: the opening, then the pairs; `NO_NAME` where there is none.
+        [B, keep, 1 + MAX_SETS] int64: the opening, then the sets, most telling first; `NO_NAME` where there is none.
     """
     batch, length = history.shape
-    names = np.full((batch, keep, 1 + MAX_PAIRS), NO_NAME)
+    names = np.full((batch, keep, 1 + MAX_SETS), NO_NAME)
     first = length - keep
     for row, ids in enumerate(history.numpy()):
         names[row, :, 0] = name_openings(ids, lexicon)[first:]
         openers = _openers(ids, lexicon, max(0, first - REACH + 1))
         for opener, following in itertools.pairwise([*openers, length]):
-            pairs = pair_words(_question(ids[max(0, opener - QUESTION + 1) : opener + 1], lexicon))[:MAX_PAIRS]
+            keys = word_sets(_question(ids[max(0, opener - QUESTION + 1) : opener + 1], lexicon))[:MAX_SETS]
             said = ""
-            for at in range(opener, min(opener + REACH, following) if pairs else opener):
+            for at in range(opener, min(opener + REACH, following) if keys else opener):
                 said += lexicon.text(ids[at : at + 1]) if at > opener else ""
                 if at >= first:
                     rest = LEAD_IN.sub("", said, count=1)
-                    names[row, at - first, 1 : 1 + len(pairs)] = [cue_name(pair, rest) for pair in pairs]
+                    names[row, at - first, 1 : 1 + len(keys)] = [cue_name(key, rest) for key in keys]
     return torch.from_numpy(names)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cues_karla import HISTORY, LEAST_OPENING, MAX_PAIRS, QUESTION, REACH, cue_name
+from .cues_karla import HISTORY, LEAST_OPENING, MAX_SETS, QUESTION, REACH, cue_name
 from .hashing_karla import NO_NAME, scramble
 from .sentences_karla import NO_TOKEN
-from .words_karla import LEAD_IN, Lexicon, find_sentences, find_words, is_request, normalised, pair_words
+from .words_karla import LEAD_IN, Lexicon, find_sentences, find_words, is_request, normalised, word_sets
 
 
 BASE = 0x9E3779B97F4A7C15
@@ -34,8 +34,8 @@ def naive_opening(tokens: list[int], lexicon: Lexicon) -> int:
     return int(scramble(np.array([total], np.uint64).view(np.int64))[0])
 
 
-def naive_pairs(tokens: list[int], lexicon: Lexicon) -> list[int]:
-    """The names of the pairs at the last of `tokens`, most telling first; empty outside a slot."""
+def naive_sets(tokens: list[int], lexicon: Lexicon) -> list[int]:
+    """The names of the sets of words at the last of `tokens`, most telling first; empty outside a slot."""
     reply = lexicon.reply.tolist()
     for opener in range(len(tokens) - 1, max(-1, len(tokens) - 1 - REACH), -1):
         head = tokens[max(0, opener - QUESTION + 1) : opener + 1]
@@ -55,7 +55,7 @@ def naive_pairs(tokens: list[int], lexicon: Lexicon) -> list[int]:
     if not any(word.rank for word in words):
         words = find_words(line, lexicon.known)
     said = lexicon.text(tokens[opener + 1 :])
-    return [cue_name(pair, LEAD_IN.sub("", said, count=1)) for pair in pair_words(words)[:MAX_PAIRS]]
+    return [cue_name(key, LEAD_IN.sub("", said, count=1)) for key in word_sets(words)[:MAX_SETS]]
 
 
 def _breaks(text: str) -> bool:

@@ -1,4 +1,5 @@
-"""Words: how token ids are read as words and sentences, and which words of a sentence tell it from others.
+"""Words: how token ids are read as words and sentences, and which words of a sentence, taken together,
+tell it from others.
 
 The little English that the memory knows stands here, in three lists.
 """
@@ -17,6 +18,7 @@ import torch
 
 
 NAME, FOREIGN = 2, 4  # ranks of words
+TELLING = 5  # other words that go into sets of three
 STEM = 5  # letters of a known word that count
 _STOP_WORDS = """
 a about all am an and any are as at be been being but by can could did do does for from had has have he her him his how i if
@@ -180,23 +182,28 @@ def find_words(sentence: str, known: frozenset[str]) -> list[Word]:
     return words
 
 
-def pair_words(words: list[Word]) -> list[tuple[str, str]]:
-    """Every head with every other word, each pair in alphabetical order; the most telling pairs first.
+def word_sets(words: list[Word]) -> list[tuple[str, ...]]:
+    """Every head with two other words, then every head with one, the most telling first; each set in alphabetical order.
 
     The heads are the names, or without any the words that the vocabulary does not hold. A name that it does hold tells
-    little: it pairs only with a name, a foreign word or a number.
+    little: it goes only with names, foreign words and numbers.
 
     Args:
         words: of a question, or of a sentence without the span that is asked for.
 
     Example:
-        >>> pair_words(find_words("When was the mill of Foo founded?", frozenset({"mill", "founded"})))
-        [('foo', 'found'), ('foo', 'mill')]
+        >>> word_sets(find_words("When was the mill of Foo founded?", frozenset({"mill", "founded"})))
+        [('foo', 'found', 'mill'), ('foo', 'found'), ('foo', 'mill')]
     """
     heads = [word for word in words if word.rank & NAME] or [word for word in words if word.rank & FOREIGN]
-    others = sorted(words, key=lambda word: (-word.rank, -len(word.key)))
-    pairs = ((h.key, o.key) for o in others for h in heads if o.key != h.key and (h.rank & FOREIGN or o.rank))
-    return list(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
+    telling = sorted(words, key=lambda word: (-word.rank, -len(word.key)))
+    triples, pairs = [], []
+    for head in heads:
+        others = dict.fromkeys(o.key for o in telling if o.key != head.key and (head.rank & FOREIGN or o.rank))
+        pairs += [tuple(sorted((head.key, other))) for other in others]
+        two = itertools.combinations(list(others)[:TELLING], 2)
+        triples += [tuple(sorted((head.key, *both))) for both in two]
+    return list(dict.fromkeys(triples + pairs))
 
 
 def find_sentences(text: str) -> Iterator[tuple[int, int]]:

@@ -47,7 +47,7 @@ SHARED = {
         "under",
         "was",
     ),
-    *("what", "when", "where", "which", "who", "with", "would", "year"),
+    *("what", "when", "where", "which", "who", "with", "would", "year", "you"),
 }
 
 

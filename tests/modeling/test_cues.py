@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from karla_hf.modeling.answers_karla import MARGIN, say_rows, write_answers
-from karla_hf.modeling.cues_karla import HISTORY, MAX_PAIRS, cues_to_read, cues_to_write
+from karla_hf.modeling.cues_karla import HISTORY, MAX_SETS, cues_to_read, cues_to_write
 from karla_hf.modeling.hashing_karla import NO_NAME
-from karla_hf.modeling.reference_cues import naive_opening, naive_pairs
+from karla_hf.modeling.packs_karla import load_engram
+from karla_hf.modeling.reference_cues import naive_opening, naive_sets
 from karla_hf.modeling.sentences_karla import NO_TOKEN
 from karla_hf.modeling.words_karla import Lexicon
 
@@ -102,9 +103,9 @@ def test_the_fast_names_equal_those_of_plain_loops(lexicon, length):
     for row in range(4):
         for at in range(length):
             seen = ids[row, : HISTORY + at + 1].tolist()
-            opening, *pairs = names[row][at]
+            opening, *sets = names[row][at]
             assert opening == naive_opening(seen, lexicon)
-            assert [pair for pair in pairs if pair != NO_NAME] == naive_pairs(seen, lexicon)
+            assert [pair for pair in sets if pair != NO_NAME] == naive_sets(seen, lexicon)
 
 
 def test_names_depend_on_the_last_tokens_alone(lexicon):
@@ -119,7 +120,7 @@ def test_names_depend_on_the_last_tokens_alone(lexicon):
     assert torch.equal(cues_to_read(changed, lexicon, 400 - HISTORY)[:, : 350 - HISTORY], whole[:, : 350 - HISTORY])
 
 
-def test_outside_of_slots_there_are_no_pairs(lexicon):
+def test_outside_of_slots_there_are_no_sets(lexicon):
     ids = torch.tensor([encode([*FACT, *FACT])])
     assert (cues_to_read(ids, lexicon, ids.shape[1])[..., 1:] == NO_NAME).all()
 
@@ -129,11 +130,11 @@ def test_an_address_is_no_question(lexicon):
     assert (cues_to_read(ids, lexicon, ids.shape[1])[..., 1:] == NO_NAME).all()
 
 
-def test_there_are_at_most_so_many_pairs(lexicon):
+def test_there_are_at_most_so_many_sets(lexicon):
     lexicon = Lexicon.from_texts([*(f" word{i}q" for i in range(40)), " Zornex", "?"])
     ids = torch.arange(42)[None]
     names = cues_to_read(ids, lexicon, 1)[0, 0, 1:]
-    assert len(names) == MAX_PAIRS
+    assert len(names) == MAX_SETS
     assert (names != NO_NAME).all()
 
 
@@ -211,6 +212,15 @@ def test_another_pack_is_forgotten_with_its_answers(asking):
     assert answer(karla, ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?"]) == ANSWER
     karla.forget("default")
     assert answer(karla, ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?"]) != ANSWER
+
+
+def test_a_saved_memory_answers_as_before(asking, tmp_path):
+    karla, read = asking
+    read(FACT)
+    karla.save_memory(tmp_path)
+    engram, _ = load_engram(lambda name: str(tmp_path / name), 64, 300)
+    karla.set_engram(engram, None)
+    assert answer(karla, ["When", " was", " Zorn", "ex", "'s", " mill", " founded", "?"]) == ANSWER
 
 
 def test_decoding_in_parts_and_padding_equal_the_full_pass(asking):
