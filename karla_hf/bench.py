@@ -1,16 +1,23 @@
-"""Honest timings: ours and a peer in turn, in one process, median of several rounds."""
+"""Timings: ours and a peer in turn, in one process, median of several rounds; and tables of qualities.
+
+A bench is `tests/bench/bench_<name>.py`. One of timings defines `rows()`, which yields `Row`s. One of qualities defines
+`run()`, which returns `{"rows": {name: {column: number}}}` and whatever else belongs into the JSON, and, if it has a
+figure, `draw(result, path)`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json as jsonlib
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -93,7 +100,8 @@ def run_bench(names: list[str], json: Path | None = None, rounds: int = 5) -> li
 
     Args:
         names: benches to run; `["all"]` runs every one.
-        json: file for the results: one object for one bench, a list for several.
+        json: file for the results: one object for one bench, a list for several. Figures of benches that have one are
+            written beside it, as `<file>-<bench>.png`.
         rounds: timed calls of each side.
 
     Returns:
@@ -109,11 +117,19 @@ def run_bench(names: list[str], json: Path | None = None, rounds: int = 5) -> li
         raise ValueError(f"There is no bench {', '.join(unknown)}; the benches are {', '.join(known)} and all.")
     results = []
     for name in names:
-        rows = {row.name: measure(row, rounds) for row in _rows(name)}
-        results.append({"bench": name, "rows": rows, **environment()})
-        _show(results[-1])
+        module = _load(name)
+        if hasattr(module, "run"):
+            results.append({"bench": name, **module.run(), **environment()})
+            _show_qualities(results[-1])
+        else:
+            rows = {row.name: measure(row, rounds) for row in module.rows()}
+            results.append({"bench": name, "rows": rows, **environment()})
+            _show(results[-1])
+        if json is not None and hasattr(module, "draw"):
+            module.draw(results[-1], json.with_name(f"{json.stem}-{name}.png"))
     if json is not None:
-        json.write_text(jsonlib.dumps(results[0] if len(results) == 1 else results, indent=1) + "\n", encoding="utf-8")
+        written = _without_nan(results[0] if len(results) == 1 else results)
+        json.write_text(jsonlib.dumps(written, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return results
 
 
@@ -126,14 +142,14 @@ def environment() -> dict[str, object]:
     }
 
 
-def _rows(name: str) -> Iterator[Row]:
+def _load(name: str) -> ModuleType:
     path = BENCH_FOLDER / f"bench_{name}.py"
     spec = importlib.util.spec_from_file_location(f"karla_bench_{name}", path)
     assert spec is not None, path
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield from module.rows()
+    return module
 
 
 def _show(result: dict) -> None:
@@ -146,3 +162,29 @@ def _show(result: dict) -> None:
             name, f"{row['value']:.1f} {unit}", row["peer"], f"{row['peer_value']:.1f} {unit}", f"{row['ratio']:.2f}"
         )
     Console().print(table)
+
+
+def _show_qualities(result: dict) -> None:
+    table = Table(title=f"bench {result['bench']}, {result['threads']} threads, {result['machine']}")
+    table.add_column("")
+    columns = list(next(iter(result["rows"].values())))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, row in result["rows"].items():
+        table.add_row(name, *(_cell(row[column]) for column in columns))
+    Console().print(table)
+
+
+def _cell(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if math.isnan(value) else f"{value:.2f}"
+
+
+def _without_nan(value: object) -> object:
+    """JSON has no NaN: what was not measured is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

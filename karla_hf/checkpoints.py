@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def create_checkpoint(
         fresh = Path(staging) / "fresh"
         model.save_pretrained(fresh)
         _save_tokenizer(tokenizer, fresh)
-        _move_into_place(fresh, target, Path(staging))
+        with writing(target) if force and target.exists() and any(target.iterdir()) else nullcontext():
+            _move_into_place(fresh, target, Path(staging))
     return model
 
 

@@ -237,7 +237,11 @@ def bench(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help="Benchmarks, or all.", show_default=False)],
     json_file: JsonFile = None,
 ) -> None:
-    """Time Karla against what it replaces, both in turn in this process."""
+    """Measure Karla against what it replaces: speeds, or what is known after reading.
+
+    Speeds are timed in turn in this process. Benchmarks that draw a figure put
+    it beside the file of --json.
+    """
     from karla_hf.bench import run_bench
 
     run_bench(names, json=json_file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan, log2
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -31,4 +32,67 @@ def draw_before_after(measured: dict, path: Path) -> None:
     perplexity.legend(frameon=False)
     for axes in (recall, perplexity):
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_baselines(rows: dict[str, dict[str, float]], facts: int, path: Path) -> None:
+    """Draw methods side by side: recall, two perplexities, CPU seconds to learn.
+
+    Args:
+        rows: by method, with `recall`, `re-read`, `unrelated` and `seconds`.
+        facts: how many were asked.
+        path: the PNG file.
+    """
+    figure = Figure(figsize=(11, 0.7 + 0.42 * len(rows)), layout="constrained")
+    titles = {
+        "recall": f"facts recalled, of {facts}",
+        "re-read": "perplexity, document read",
+        "unrelated": "perplexity, unrelated story",
+        "seconds": "CPU seconds to learn",
+    }
+    names = list(rows)
+    colours = ["#1f6f78" if name.startswith("Karla") else "#9aa5b1" for name in names]
+    for axes, (column, title) in zip(figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True):
+        bars = axes.barh(names, [rows[name][column] for name in names], color=colours)
+        axes.bar_label(bars, fmt="%.0f" if column in ("recall", "seconds") else "%.2f", padding=2)
+        axes.margins(x=0.3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.invert_yaxis()  # shared: the first method on top of every panel
+    figure.savefig(path, dpi=150)
+
+
+def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], path: Path) -> None:
+    """Draw forgetting matrices as heat maps: perplexities, coloured by their ratio to the bare backbone's.
+
+    Args:
+        matrices: by method, rows of perplexities, NaN where a document was not read yet; the first one has the single
+            row of the bare backbone.
+        titles: of the columns.
+        path: the PNG file.
+    """
+    names = list(matrices)
+    bare = matrices[names[0]][0]
+    heights = [len(matrices[name]) + 1.5 for name in names]
+    figure = Figure(figsize=(1.6 + 0.95 * len(titles), 0.42 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(names), 1, height_ratios=heights)
+    for axes, name in zip(panels, names, strict=True):
+        matrix = matrices[name]
+        ratios = [[log2(value / base) for value, base in zip(row, bare, strict=True)] for row in matrix]
+        image = axes.imshow(ratios, cmap="RdYlBu_r", vmin=-3, vmax=3, aspect="auto")
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                colour = "white" if abs(ratios[i][j]) > 1.8 else "black"
+                text = "" if isnan(value) else f"{value:.2f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(len(titles)), titles, fontsize=8)
+        labels = [f"after {title}" for title in titles[: len(matrix)]] if len(matrix) > 1 else [""]
+        axes.set_yticks(range(len(matrix)), labels, fontsize=8)
+        axes.set_title(f"{name}: perplexity", fontsize=10)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=list(panels), shrink=0.4, ticks=[-3, 0, 3])
+    bar.ax.set_yticklabels(["1/8", "equal", "8 x"])
+    bar.ax.set_title("of the bare\nbackbone's", fontsize=8)
     figure.savefig(path, dpi=150)

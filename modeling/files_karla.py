@@ -35,6 +35,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
+class DamagedError(ValueError):
+    """What is wrong with a file, in words that follow its name in a sentence."""
+
+
 class StoredFile(NamedTuple):
     """A file as a manifest names it.
 
@@ -53,13 +57,13 @@ class StoredFile(NamedTuple):
     dense: bool = False
 
     def check(self) -> StoredFile:
-        """Return itself; raise ValueError unless every value is possible and the name stays within its folder."""
+        """Return itself; raise DamagedError unless every value is possible and the name stays within its folder."""
         if not isinstance(self.file, str) or not _FILE_NAME.fullmatch(self.file):
-            raise ValueError(f"{self.file!r} is no name of a file in its folder")
+            raise DamagedError(f"{self.file!r} is no name of a file in its folder")
         if not isinstance(self.sha256, str) or not _SHA256.fullmatch(self.sha256):
-            raise ValueError(f"{self.file} has no SHA-256")
+            raise DamagedError(f"{self.file} has no SHA-256")
         if not all(type(number) is int and number >= 0 for number in (self.size, self.rows)):
-            raise ValueError(f"{self.file} has no size")
+            raise DamagedError(f"{self.file} has no size")
         return self
 
 
@@ -147,20 +151,20 @@ def open_tensors(
         Its arrays by name, and the map below them.
 
     Raises:
-        ValueError: if it is not what it should be; the message says in which way, without the file's name.
+        DamagedError: if it is not what it should be.
         OSError: if it cannot be read.
     """
     _check_place(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != stored.size or size < 8:
-            raise ValueError(f"it has {size} bytes instead of {stored.size}")
+            raise DamagedError(f"it has {size} bytes instead of {stored.size}")
         pages = mmap.mmap(
             file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
     checked = size <= CHECKED_BYTES if check is None else check
     if checked and hashlib.sha256(pages).hexdigest() != stored.sha256:
-        raise ValueError("its content is not what was written")
+        raise DamagedError("its content is not what was written")
     try:
         data = 8 + int.from_bytes(pages[:8], "little")
         header = json.loads(pages[8:data]) if data <= size else {}
@@ -170,7 +174,7 @@ def open_tensors(
             for name, entry in header.items() if name != "__metadata__"
         }  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"it is no safetensors file of a memory: {error}") from error
+        raise DamagedError(f"it is no safetensors file of a memory: {error}") from error
     return arrays, pages
 
 
@@ -179,7 +183,7 @@ def _check_place(path: Path) -> None:
     if path.is_symlink():
         target = path.resolve()
         if target.parent.name != "blobs" or target.parent.parent not in path.absolute().parents:
-            raise ValueError("it is a link to another place")
+            raise DamagedError("it is a link to another place")
 
 
 def advise(pages: mmap.mmap) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 LOCK = ".lock"
-_held: set[tuple[Path, int]] = set()
+_held: dict[tuple[Path, int], int] = {}  # by folder and thread, the open file
 
 
 @contextlib.contextmanager
@@ -29,15 +29,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK
-    descriptor = _take_lock(path)
-    _held.add(key)
+    _held[key] = _take_lock(path)
     try:
         yield
     finally:
-        _held.discard(key)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()  # while it is held: whoever has opened it sees that it is gone
-        os.close(descriptor)
+        descriptor = _held.pop(key, None)
+        if descriptor is not None:  # else this is a process forked from the one that holds it
+            with contextlib.suppress(FileNotFoundError):
+                if _is_at(descriptor, path):
+                    path.unlink()  # while it is held: whoever has opened it sees that it is gone
+            os.close(descriptor)
 
 
 def _take_lock(path: Path) -> int:
@@ -45,7 +46,7 @@ def _take_lock(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+            if _is_at(descriptor, path):
                 return descriptor
         except FileNotFoundError:
             pass  # its holder has just removed it
@@ -55,3 +56,17 @@ def _take_lock(path: Path) -> int:
                 f"Another process is writing to the memory in {path.parent}; try again when it has finished."
             ) from error
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    return os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def _let_go() -> None:
+    """In a new process: the locks are its parent's, and shall not outlive it."""
+    for descriptor in _held.values():
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

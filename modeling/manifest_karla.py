@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files_karla import StoredFile
+from .files_karla import DamagedError, StoredFile
 from .table_karla import BUCKET
 
 
@@ -75,7 +75,7 @@ def stored_file(entry: dict) -> StoredFile:
 
 def _check(manifest: dict) -> None:
     if manifest["tokenizer_sha256"] is not None and not isinstance(manifest["tokenizer_sha256"], str):
-        raise ValueError("tokenizer_sha256 is no text")
+        raise DamagedError("tokenizer_sha256 is no text")
     _check_types({"hidden_size": int, "layout": dict, "made_with": dict, "packs": list}, manifest)
     _check_types(_LAYOUT, manifest["layout"])
     stored_file(manifest["constants"])
@@ -83,21 +83,21 @@ def _check(manifest: dict) -> None:
     for pack in manifest["packs"]:
         check_pack_name(pack["name"])
         if pack["name"] in names:
-            raise ValueError(f"it has two packs {pack['name']!r}")
+            raise DamagedError(f"it has two packs {pack['name']!r}")
         names.add(pack["name"])
         _check_types(_PACK, pack)
         if not all(isinstance(source, str) for source in pack["sources"]):
-            raise ValueError(f"the sources of pack {pack['name']!r} are no texts")
+            raise DamagedError(f"the sources of pack {pack['name']!r} are no texts")
         if len(pack["levels"]) != len(manifest["layout"]["update_periods"]):
-            raise ValueError(f"pack {pack['name']!r} has {len(pack['levels'])} levels")
+            raise DamagedError(f"pack {pack['name']!r} has {len(pack['levels'])} levels")
         for level in pack["levels"]:
             _check_types({"lost": int, "tables": list}, level)
             if not level["tables"]:
-                raise ValueError(f"pack {pack['name']!r} has a level without a table")
+                raise DamagedError(f"pack {pack['name']!r} has a level without a table")
             for table in level["tables"]:
                 _check_types({"num_rows": int, "files": list}, table)
                 if table["num_rows"] < BUCKET or table["num_rows"] % BUCKET:
-                    raise ValueError(f"pack {pack['name']!r} has a table of {table['num_rows']} rows")
+                    raise DamagedError(f"pack {pack['name']!r} has a table of {table['num_rows']} rows")
         for _ in files_of_pack(pack):
             pass
 
@@ -106,4 +106,4 @@ def _check_types(expected: dict, found: dict) -> None:
     for key, kind in expected.items():
         value = found[key]
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
-            raise ValueError(f"{key} is {value!r}")
+            raise DamagedError(f"{key} is {value!r}")

@@ -39,13 +39,14 @@ class ShardedPack(Pack):
         self.ranks = ranks
 
     def claim(self, names: np.ndarray) -> np.ndarray:
-        """As in one process; a collective where the fastest level has a limit. Returns the same in every process."""
+        """As in one process; a collective where the fastest level has a limit, of which all learn whose names are lost."""
         mine = owners(names, self.ranks.size) == self.ranks.rank
         kept = names != NO_NAME
         kept[mine] = super().claim(names[mine])
         if self.levels[0].max_rows is not None:
-            every = self.ranks.gather(torch.from_numpy(kept)[None], [1] * self.ranks.size)
-            kept = every.all(0).numpy()
+            lost = torch.from_numpy(names[mine & ~kept])
+            counts = self.ranks.gather_numbers([len(lost)])[:, 0].long().tolist()
+            kept &= ~np.isin(names, self.ranks.gather(lost, counts).numpy())
         return kept
 
     def add(self, names: np.ndarray, change: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files_karla import Blocks, StoredFile, advise, open_tensors, whole, write_tensors
+from .files_karla import Blocks, DamagedError, StoredFile, advise, open_tensors, whole, write_tensors
 from .hashing_karla import NO_NAME
 from .manifest_karla import stored_file
 from .table_karla import EngramTable
@@ -100,5 +100,5 @@ def load_table(entry: dict, width: int, find: Callable[[str], str | None], damag
 def _mapped_table(tensors: dict[str, np.ndarray], stored: StoredFile, num_rows: int, width: int) -> EngramTable:
     names, rows = tensors["names"], tensors["rows"]
     if names.size != num_rows or rows.shape != (num_rows, width):
-        raise ValueError(f"it holds {names.size} rows instead of {num_rows}")
+        raise DamagedError(f"it holds {names.size} rows instead of {num_rows}")
     return EngramTable.from_arrays(names, rows, stored.rows)

@@ -553,7 +553,8 @@ with writing(sys.argv[1]):
         assert other.stdout.readline() == "locked\n"
         wanted = f"Another process is writing to the memory in {karla / 'engram'}; try again when it has finished."
         for command in (["read", karla, folder / "story.txt"], ["forget", karla, "facts"],
-                        ["pack", "merge", karla, "facts", "--into", "x"]):  # fmt: skip
+                        ["pack", "merge", karla, "facts", "--into", "x"],
+                        ["new", folder / "backbone", karla, *SETTINGS, "--force"]):  # fmt: skip
             assert refuse(*command) == wanted
         succeed("packs", karla)
         other.kill()

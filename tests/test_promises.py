@@ -56,14 +56,35 @@ def test_a_document_is_known_and_helps_a_related_one(model, tokenizer):
     assert perplexity(model, tokenizer, related, progress=False) <= 0.8 * before
 
 
-def test_a_table_of_one_row_per_head_does_not_help(model, tokenizer):
+def test_facts_in_paragraphs_are_recalled_by_their_bare_prompts(model, tokenizer):
+    facts = make_facts(100, split="test", seed=2)
+    model.read([" ".join(fact.text for fact in facts[at::20]) for at in range(20)], tokenizer, progress=False)
+    recalled = exact_recall(model, tokenizer, facts, progress=False)
+    assert recalled.exact >= 95, recalled.by_form
+
+
+def test_unlearning_takes_what_it_is_told_to_and_nothing_else(model, tokenizer):
+    facts, story = make_facts(30, split="test"), unrelated_text()
+    gone, kept = facts[:5], facts[5:]
+    model.read([fact.text for fact in facts], tokenizer, progress=False)
+    before = [perplexity(model, tokenizer, fact.text, progress=False) for fact in gone]
+    unread = perplexity(model, tokenizer, story, progress=False)
+    known = exact_recall(model, tokenizer, kept, progress=False).exact
+    model.read([fact.text for fact in gone], tokenizer, sign=-1, progress=False)
+    after = [perplexity(model, tokenizer, fact.text, progress=False) for fact in gone]
+    assert all(later > 2 * earlier for earlier, later in zip(before, after, strict=True)), (before, after)
+    assert exact_recall(model, tokenizer, gone, progress=False).exact == 0
+    assert exact_recall(model, tokenizer, kept, progress=False).exact >= known - 1
+    assert perplexity(model, tokenizer, story, progress=False) <= 1.0001 * unread
+
+
+def test_a_table_of_eight_rows_does_not_help(backbone, tokenizer):
     """Control: with nowhere to put things, the same writes teach next to nothing."""
-    constants = model.engram.constants
-    one = torch.ones_like(constants.primes)
-    model.engram.constants = constants._replace(primes=one, offsets=torch.arange(one.numel()).view_as(one))
+    options = {"engram_max_rows": 8, "engram_update_periods": [1]}
+    model = KarlaForCausalLM.from_backbone(backbone, tokenizer, **options)
     facts = make_facts(40, split="test")
     model.read([fact.text for fact in facts], tokenizer, progress=False)
-    assert model.packs() == {"default": one.numel()}
+    assert model.packs() == {"default": 8}
     assert exact_recall(model, tokenizer, facts, progress=False).exact <= 4
 
 

@@ -1,6 +1,8 @@
 """A tiny backbone with a tokenizer in a folder, and a Karla made of it: what the commands are tested on."""
 
+import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -76,3 +78,17 @@ def speak(model: KarlaForCausalLM) -> KarlaForCausalLM:
 def files_in(folder: Path) -> dict[str, bytes]:
     """Everything in a folder, to compare it with later."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class BagOfWords:
+    """An encoder without weights: each word is a fixed random direction."""
+
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=256))
+
+    def encode(self, texts):
+        rows = torch.zeros(len(texts), 256)
+        for row, text in zip(rows, texts, strict=True):
+            for word in text.split():
+                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
+                row += torch.randn(256, generator=torch.Generator().manual_seed(seed))
+        return nn.functional.normalize(rows, dim=-1)

@@ -46,7 +46,7 @@ def test_pack_travels_between_models_on_one_backbone(named, backbone_folder, mak
 
 def test_pack_of_another_model_is_refused(named, make_karla, backbone_folder, tmp_path):
     named.export_pack("second", tmp_path / "pack")
-    for options, reason in (({"engram_seed": 1}, "another seed"), ({"engram_num_heads": 4}, "row width 64 instead of 32"),
+    for options, reason in (({"engram_seed": 1}, "another seed"), ({"engram_head_dim": 4}, "row width 64 instead of 32"),
                             ({"engram_update_periods": [1, 4]}, "update periods")):  # fmt: skip
         with pytest.raises(ValueError, match=f"was made with {reason}.*, so it does not fit this memory"):
             make_karla(str(backbone_folder), **options).import_pack(tmp_path / "pack")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -377,6 +378,32 @@ with lock_folder(Path(sys.argv[1])):
     save_engram(engram, folder, SHA)
     assert not (folder / "engram" / ".lock").exists()
     assert_same(load(folder), engram)
+
+
+def test_process_forked_from_a_dead_writer_does_not_keep_its_lock(tmp_path):
+    code = """
+import os, sys, time
+from pathlib import Path
+from karla_hf.modeling.lock_karla import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        time.sleep(100)
+    print(child, flush=True)
+    time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as writer:
+        child = int(writer.stdout.readline())
+        with pytest.raises(OSError, match="Another process is writing"), lock_folder(tmp_path):
+            pass
+        writer.kill()
+        writer.wait()
+        try:
+            os.kill(child, 0)  # it lives
+            with lock_folder(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_lock_may_be_taken_again_by_its_holder_and_by_no_other_thread(tmp_path):
