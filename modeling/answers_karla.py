@@ -23,7 +23,7 @@ from .words_karla import Lexicon
 
 
 MARGIN = 25.0  # nats by which a cue's token beats every other one, besides what the context says
-OPENING_SHARE = 0.6  # of that margin, where the opening leads to the row
+OPENING_SHARE = 0.55  # of that margin, where the opening leads to the row
 COPY_ORDER = 12  # tokens
 _NEAREST = 64  # competitors of a token that are tracked
 _STEPS = 64  # projections per round
