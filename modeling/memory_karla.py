@@ -20,6 +20,7 @@ from .sharded_karla import ShardedEngram, collect, shard
 
 
 WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
+BATCH_TOKENS = {"cpu": 256}
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -94,6 +95,7 @@ class KarlaMemoryMixin:
                 window=window,
                 stride=stride,
                 least=least,
+                batch_tokens=BATCH_TOKENS.get(self.device.type, 4096),
                 sign=sign,
                 progress=progress,
             )
