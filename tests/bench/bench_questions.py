@@ -4,6 +4,7 @@
 a split, a number of facts and a seed.
 """
 
+import math
 import sys
 import time
 
@@ -68,7 +69,9 @@ def run(split="test", count=FACTS, seed=0):
             rows[f"{kind}, {name}, perplexity"] = _on_and_off(
                 model, lambda text=text, model=model: perplexity(model, tokenizer, text, progress=False)
             )
-    return {"rows": rows, "split": split, "seed": seed}
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    table = {name: {column: row.get(column, math.nan) for column in columns} for name, row in rows.items()}
+    return {"rows": table, "split": split, "seed": seed}
 
 
 def _subject(fact):
