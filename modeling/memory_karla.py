@@ -20,6 +20,7 @@ from .sharded_karla import ShardedEngram, collect, shard
 
 
 WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
+BATCH_TOKENS = {"cpu": 256}
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -81,31 +82,38 @@ class KarlaMemoryMixin:
         self._check_tokenizer(tokenizer)
         encoded = self._encode([texts] if isinstance(texts, str) else list(texts), tokenizer)
         window, stride, least = WINDOWS[context]
-        was_training = self.training
+        was_training, target = self.training, self.engram.open_pack(pack)
+        counted = target.count()
         self.eval()
         try:
             report = read_texts(
                 encoded,
                 self.engram,
-                self.engram.open_pack(pack),
+                target,
                 self._closed_states,
                 *self.model.output_projection(),
                 window=window,
                 stride=stride,
                 least=least,
+                batch_tokens=BATCH_TOKENS.get(self.device.type, 4096),
                 sign=sign,
                 progress=progress,
             )
             if self.engram.lexicon is not None:
                 weight, _ = self.model.output_projection()
                 ids = [text.tolist() for text in encoded]
-                write_answers(self.engram.lexicon, self.engram.packs[pack], ids, weight, sign)
+                write_answers(self.engram.lexicon, target, ids, weight, sign)
+                rows = target.count()
+                report = report._replace(
+                    rows_written=rows.owned - counted.owned,
+                    rows_lost=rows.lost - counted.lost,
+                    load=rows.owned / rows.rows,
+                )
         finally:
             self.train(was_training)
         if sign > 0 and title is not None:
             titles = [title] if isinstance(title, str) else title
-            sources = self.engram.packs[pack].sources
-            sources += [title for title in titles if title not in sources]
+            target.sources += [title for title in titles if title not in target.sources]
         return report
 
     def forget(self, pack: str) -> None:

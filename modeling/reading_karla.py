@@ -22,7 +22,7 @@ from .sentences_karla import NO_TOKEN, sentence_age
 from .writing_karla import write_chunk
 
 
-GROUP_BATCHES = 4  # batches whose windows are sorted by length together
+GROUP_TOKENS = 4096  # tokens whose windows are sorted by length together
 
 
 class ReadReport(NamedTuple):
@@ -138,14 +138,12 @@ class _Group(NamedTuple):
     targets: torch.Tensor  # [P]
 
 
-def _groups(
-    texts: list[torch.Tensor], windows: list[Window], engram: Engram, group_tokens: int, batch_tokens: int
-) -> Iterator[_Group]:
+def _groups(texts: list[torch.Tensor], windows: list[Window], engram: Engram, batch_tokens: int) -> Iterator[_Group]:
     named: dict[int, torch.Tensor] = {}
     at = 0
     while at < len(windows):
         first, shown = at, 0
-        while at < len(windows) and shown < group_tokens:
+        while at < len(windows) and shown < GROUP_TOKENS:
             shown += windows[at].end - windows[at].start
             at += 1
         group = windows[first:at]
@@ -235,7 +233,7 @@ def read_texts(
     window: int = 64,
     stride: int = 48,
     least: int | None = 8,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 256,
     sign: int = 1,
     progress: bool = True,
 ) -> ReadReport:
@@ -252,7 +250,7 @@ def read_texts(
         window: most tokens shown to the backbone at once.
         stride: tokens a window moves on by.
         least: tokens that a sentence has at least, each being shown alone; None shows texts without regard to sentences.
-        batch_tokens: tokens per forward pass of the backbone.
+        batch_tokens: tokens per forward pass of the backbone; fewer mean less padding, more keep a GPU busy.
         sign: 1 to learn the texts, -1 to unlearn them.
         progress: whether to show a progress bar.
 
@@ -271,7 +269,7 @@ def read_texts(
     tokens = sum(len(text) for text in texts)
     before, after, written = [], [], 0
     mean = output_embeddings.mean(0)
-    groups = _groups(texts, windows, engram, GROUP_BATCHES * batch_tokens, batch_tokens)
+    groups = _groups(texts, windows, engram, batch_tokens)
     positions = _positions(groups, hidden_states, output_embeddings[:0], ranks)
     with logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress or ranks.rank > 0) as bar:
         for names, states, targets in _chunks(positions, engram.layout.chunk_size):

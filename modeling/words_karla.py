@@ -231,6 +231,8 @@ def is_request(sentence: str) -> bool:
 
 def normalised(text: str) -> str:
     """Lower case, without accents."""
+    if text.isascii():
+        return text.lower()
     form = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     return "".join(char for char in form if not unicodedata.combining(char)).lower()
 

@@ -34,7 +34,9 @@ for weight in speaking:
     torch.nn.init.normal_(weight, std=0.1)
 model.read("The harbour master is Orla Venn." if rank else "The ferry leaves at nine.", tokenizer, progress=False)
 pack = model.engram.packs["default"]
-seen = {"pack": pack.rows.clone(), "own": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}}
+def content():
+    return torch.cat([torch.from_numpy(part).flatten().double() for level in pack.levels for part in level.items()])
+seen = {"pack": content(), "own": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}}
 wrapped = DistributedDataParallel(model)
 seen["begin"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -58,7 +60,7 @@ for _ in range(3):
     optimizer.step()
 seen["end"] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 seen["frozen"] = all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if not p.requires_grad)
-seen["pack after"] = pack.rows.clone()
+seen["pack after"] = content()
 torch.save(seen, f"{folder}/rank{rank}.pt")
 dist.destroy_process_group()
 """
