@@ -18,14 +18,16 @@ from karla_hf.questions import WORDINGS, make_paragraphs, reword
 
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DOCUMENT = ("trl", "trl/trainer/sft_trainer.py", "SFTTrainer")
-RELATED = ("trl", "trl/trainer/grpo_trainer.py", "GRPOTrainer")
+# Pages, and a seed of facts, that no choice was made on.
+DOCUMENT = ("trl", "trl/trainer/rloo_trainer.py", "RLOOTrainer")
+RELATED = ("trl", "trl/trainer/kto_trainer.py", "KTOTrainer")
+SEED = 1
 FACTS = 200
 CONTROLS = 40  # facts that are asked with the memory off, and facts that were not read
 UNREAD_SEED = 7
 
 
-def run(split="test", count=FACTS, seed=0):
+def run(split="test", count=FACTS, seed=SEED):
     """A row per wording: how many are recalled with the memory on and off; a row per text: its perplexity."""
     tokenizer, backbone = load_tokenizer(NAME), load_backbone(NAME)
     model = KarlaForCausalLM.from_backbone(backbone, tokenizer)
