@@ -28,7 +28,7 @@ COPY_ORDER = 12  # tokens
 _NEAREST = 64  # competitors of a token that are tracked
 _STEPS = 64  # projections per round
 _ROUNDS = 3  # looks at the whole vocabulary
-_BATCH = 4096  # names stored at once
+_BATCH = 256  # tokens whose rows are found at once
 _NOTHING = -1
 _SAME = 0.99  # cosine above which two rows say the same
 
@@ -71,32 +71,43 @@ def say_rows(tokens: torch.Tensor, output_embeddings: torch.Tensor, width: int) 
     return rows.cpu()
 
 
-@torch.no_grad()
-def write_answers(
-    lexicon: Lexicon, pack: Pack, texts: list[list[int]], output_embeddings: torch.Tensor, sign: int = 1
-) -> None:
-    """Write the answers of texts into a pack.
+class AnswerWriter:
+    """Writes the answers that texts hold, text by text.
 
     Args:
         lexicon: what the tokens look like.
-        pack: the pack that is written (modified in place).
         texts: token ids of every text.
         output_embeddings: [V, D], scaled so that logits = h W^T.
+        width: coordinates of a row.
         sign: 1 to learn; -1 to silence the cues that lead to what the texts say.
     """
+
+    def __init__(
+        self, lexicon: Lexicon, texts: list[list[int]], output_embeddings: torch.Tensor, width: int, sign: int = 1
+    ):
+        self.sign = sign
+        self.cues = [_cues_of(text, lexicon) for text in texts]
+        self.tokens = np.unique(np.concatenate([tokens for _, tokens in self.cues]))
+        # all at once: each look at the output layer costs the same for one token and for many
+        parts = [say_rows(part.clamp(min=0), output_embeddings, width) for part in
+                 torch.from_numpy(self.tokens).split(_BATCH)]  # fmt: skip
+        self.rows = torch.cat(parts).half().float() if parts else torch.zeros(0, width)
+        self.rows[torch.from_numpy(self.tokens == _NOTHING)] = 0
+
+    def write(self, pack: Pack, text: int) -> None:
+        """Write the answers of one text into a pack, which is modified in place."""
+        names, tokens = self.cues[text]
+        _store(pack, names, self.rows[torch.from_numpy(np.searchsorted(self.tokens, tokens))], self.sign)
+
+
+def _cues_of(text: list[int], lexicon: Lexicon) -> tuple[np.ndarray, np.ndarray]:
+    """Names [N] int64 of a text's cues, and the token [N] that each leads to; `_NOTHING` where it is more than one."""
     said: dict[int, int] = {}
-    for text in texts:
-        for cue in cues_to_write(text, lexicon):
-            for name in cue.names:
-                if said.setdefault(name, cue.token) != cue.token:
-                    said[name] = _NOTHING
-    by_token = sorted(said.items(), key=lambda item: item[1])
-    for at in range(0, len(by_token), _BATCH):
-        names, tokens = (np.array(part) for part in zip(*by_token[at : at + _BATCH], strict=True))
-        distinct, inverse = np.unique(tokens, return_inverse=True)
-        rows = say_rows(torch.from_numpy(distinct).clamp(min=0), output_embeddings, pack.tables[0].width)
-        rows[distinct == _NOTHING] = 0
-        _store(pack, names, rows.half().float()[inverse], sign)
+    for cue in cues_to_write(text, lexicon):
+        for name in cue.names:
+            if said.setdefault(name, cue.token) != cue.token:
+                said[name] = _NOTHING
+    return np.array(list(said), np.int64), np.array(list(said.values()), np.int64)
 
 
 def _store(pack: Pack, names: np.ndarray, rows: torch.Tensor, sign: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import distributed
 
-from .answers_karla import write_answers
+from .answers_karla import AnswerWriter
 from .engram_karla import Engram
 from .exchange_karla import export_pack, find_pack, import_pack, merge_packs
 from .manifest_karla import check_pack_name
@@ -83,32 +84,24 @@ class KarlaMemoryMixin:
         encoded = self._encode([texts] if isinstance(texts, str) else list(texts), tokenizer)
         window, stride, least = WINDOWS[context]
         was_training, target = self.training, self.engram.open_pack(pack)
-        counted = target.count()
         self.eval()
         try:
+            weight, bias = self.model.output_projection()
             report = read_texts(
                 encoded,
                 self.engram,
                 target,
                 self._closed_states,
-                *self.model.output_projection(),
+                weight,
+                bias,
                 window=window,
                 stride=stride,
                 least=least,
                 batch_tokens=BATCH_TOKENS.get(self.device.type, 4096),
                 sign=sign,
+                after_text=self._answer_writer(encoded, weight, target, sign),
                 progress=progress,
             )
-            if self.engram.lexicon is not None:
-                weight, _ = self.model.output_projection()
-                ids = [text.tolist() for text in encoded]
-                write_answers(self.engram.lexicon, target, ids, weight, sign)
-                rows = target.count()
-                report = report._replace(
-                    rows_written=rows.owned - counted.owned,
-                    rows_lost=rows.lost - counted.lost,
-                    load=rows.owned / rows.rows,
-                )
         finally:
             self.train(was_training)
         if sign > 0 and title is not None:
@@ -222,6 +215,14 @@ class KarlaMemoryMixin:
         Where rows are sharded this is a collective, and process 0 must have room for all of them.
         """
         return collect(self.engram)
+
+    def _answer_writer(self, encoded, weight, pack, sign):
+        """What is to be called after each text, with its number, to store it under the words around its answers."""
+        if self.engram.lexicon is None:
+            return None
+        texts = [ids.tolist() for ids in encoded]
+        writer = AnswerWriter(self.engram.lexicon, texts, weight, self.engram.layout.width, sign)
+        return functools.partial(writer.write, pack)
 
     def _closed_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         device = self.get_input_embeddings().weight.device

@@ -18,7 +18,8 @@ from .engram_karla import Engram
 from .hashing_karla import name_positions
 from .levels_karla import Pack
 from .ranks_karla import Ranks
-from .sentences_karla import NO_TOKEN, sentence_age
+from .sentences_karla import NO_TOKEN
+from .windows_karla import Window, plan_windows, sentence_starts
 from .writing_karla import write_chunk
 
 
@@ -51,74 +52,6 @@ class ReadReport(NamedTuple):
     surprise_after: float
     seconds: float
     tokens_per_second: float
-
-
-class Window(NamedTuple):
-    """A stretch of a text that the backbone sees at once.
-
-    Attributes:
-        text: index of the text.
-        start: first token shown.
-        keep: first token whose hidden state is used.
-        end: one past the last token shown.
-    """
-
-    text: int
-    start: int
-    keep: int
-    end: int
-
-
-def sentence_starts(ids: torch.Tensor, boundaries: torch.Tensor, least: int) -> list[int]:
-    """Where the sentences of a text begin; a short one is joined with the next.
-
-    Args:
-        ids: [N] int64 token ids.
-        boundaries: [V] uint8, see `sentence_boundaries`.
-        least: tokens from one start to the next.
-
-    Returns:
-        Ascending, 0 first.
-    """
-    starts = [0]
-    for start in (sentence_age(ids[None].numpy(), boundaries.numpy())[0] == 0).nonzero()[0].tolist():
-        if start - starts[-1] >= least:
-            starts.append(start)
-    return starts
-
-
-def plan_windows(lengths: list[int], window: int, stride: int, starts: list[list[int]] | None = None) -> list[Window]:
-    """Cover texts by windows so that every token but the last of a text is used exactly once.
-
-    The first window of a sentence is used whole, every other for its last `stride` tokens.
-
-    Args:
-        lengths: tokens of every text.
-        window: most tokens shown at once, >= 2.
-        stride: tokens that a window moves on by where a sentence is longer, 1 to `window`.
-        starts: of every text, the tokens at which a sentence begins, 0 first; windows do not look back beyond one. None
-            takes every text for one sentence.
-
-    Returns:
-        The windows, in reading order.
-
-    Example:
-        >>> [tuple(w) for w in plan_windows([9], window=4, stride=2)]
-        [(0, 0, 0, 4), (0, 2, 4, 6), (0, 4, 6, 8)]
-        >>> [tuple(w) for w in plan_windows([9], window=4, stride=2, starts=[[0, 3]])]
-        [(0, 0, 0, 3), (0, 3, 3, 7), (0, 4, 7, 8)]
-    """
-    windows = []
-    for text, length in enumerate(lengths):
-        usable = length - 1  # the last token has no successor
-        begins = [start for start in (starts[text] if starts else [0]) if start < usable]
-        for first, last in itertools.pairwise([*begins, usable]):
-            end = min(first + window, last)
-            windows.append(Window(text, first, first, end))
-            while end < last:
-                keep, end = end, min(end + stride, last)
-                windows.append(Window(text, max(first, end - window), keep, end))
-    return windows
 
 
 class _Batch(NamedTuple):
@@ -235,6 +168,7 @@ def read_texts(
     least: int | None = 8,
     batch_tokens: int = 256,
     sign: int = 1,
+    after_text: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> ReadReport:
     """Write texts into a pack, in order, in one pass.
@@ -252,6 +186,7 @@ def read_texts(
         least: tokens that a sentence has at least, each being shown alone; None shows texts without regard to sentences.
         batch_tokens: tokens per forward pass of the backbone; fewer mean less padding, more keep a GPU busy.
         sign: 1 to learn the texts, -1 to unlearn them.
+        after_text: called with the number of each text, in order, at the end of the chunk in which it ends.
         progress: whether to show a progress bar.
 
     Returns:
@@ -268,6 +203,7 @@ def read_texts(
     windows = plan_windows([len(text) for text in texts], window, stride, starts)
     tokens = sum(len(text) for text in texts)
     before, after, written = [], [], 0
+    ends, finished, read = list(itertools.accumulate(len(text) - 1 for text in texts)), 0, 0
     mean = output_embeddings.mean(0)
     groups = _groups(texts, windows, engram, batch_tokens)
     positions = _positions(groups, hidden_states, output_embeddings[:0], ranks)
@@ -277,6 +213,10 @@ def read_texts(
                 engram, pack, names, states, targets, output_embeddings, bias, sign=sign, mean_embedding=mean
             )
             pack.tick()
+            read += len(targets)
+            while after_text is not None and finished < len(texts) and ends[finished] <= read:
+                after_text(finished)
+                finished += 1
             before.append(result.surprise_before)
             after.append(result.surprise_after)
             written += int(result.written.sum())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from karla_hf.modeling.answers_karla import MARGIN, say_rows, write_answers
+from karla_hf.modeling.answers_karla import MARGIN, AnswerWriter, say_rows
 from karla_hf.modeling.cues_karla import HISTORY, MAX_SETS, cues_to_read, cues_to_write
 from karla_hf.modeling.hashing_karla import NO_NAME
 from karla_hf.modeling.packs_karla import load_engram
@@ -75,7 +75,10 @@ def asking(make_backbone, make_karla, lexicon):
     def read(*texts, sign=1):
         pack = karla.engram.open_pack("default")
         weight, _ = karla.model.output_projection()
-        write_answers(karla.engram.lexicon, pack, [encode(text) for text in texts], weight, sign)
+        encoded = [encode(text) for text in texts]
+        writer = AnswerWriter(karla.engram.lexicon, encoded, weight, karla.engram.layout.width, sign)
+        for text in range(len(texts)):
+            writer.write(pack, text)
 
     return karla, read
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karla_hf.modeling.reading_karla import plan_windows, read_texts, sentence_starts
+from karla_hf.modeling.reading_karla import read_texts
 from karla_hf.modeling.reference_engram import NaivePack, rows_by_level
 from karla_hf.modeling.reference_writing import naive_write_chunk
+from karla_hf.modeling.windows_karla import plan_windows, sentence_starts
 
 
 HIDDEN, VOCAB = 24, 50
