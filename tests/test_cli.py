@@ -180,7 +180,7 @@ def test_settings_are_read_as_yaml(folder, tmp_path):
 
 def test_info_shows_levels_budget_and_packs(folder, tmp_path):
     shown = succeed("info", folder / "read", "--json", tmp_path / "info.json")
-    for words in ("L0 backbone", "L1 memory", "L2 head", "never", "every 64 tokens read", "every training step", "total",
+    for words in ("L0 backbone", "L1 memory", "L2 head", "never", "4096 tokens", "every training step", "total",
                   "≤ 2 GB", "≤ 50 MB", "≤ 2.5 GB", "facts"):  # fmt: skip
         assert words in shown
     data = json.loads((tmp_path / "info.json").read_text())
