@@ -107,10 +107,10 @@ class Engram:
         """
         memory = torch.zeros(*names.shape[:-1], self.hidden_size)
         if self.enabled:
-            state, flat = memory.view(-1, self.hidden_size), names.reshape(-1, len(self.families))
+            names = names.contiguous()
             for pack in self.packs.values():
                 for table in pack.tables:
-                    table.add_rows_to(state, flat, self.starts)
+                    table.add_rows_to(memory, names, self.starts)
         return memory
 
     def look_up(self, names: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

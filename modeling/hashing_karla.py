@@ -12,6 +12,7 @@ offers `span` (how many tokens of history it needs, itself included) and `mix` (
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from typing import NamedTuple
 
@@ -230,15 +231,14 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
         [B, T, F] int64 names; `NO_NAME` where fewer tokens precede a position than the shortest family needs, and for
         a sentence family where fewer tokens of the sentence do than half of its order.
     """
-    reach = max(family.span for family in families)
-    shortest = min(family.span for family in families)
+    reach, shortest, *arrays = _sizes(tuple(families))
     kernel = c_function("karla_name_positions", "piippppiippiup")
     if kernel is not None:
         history = history.contiguous()
         names = torch.empty(len(history), history.shape[1] - reach + 1, len(families), dtype=torch.int64)
+        orders, sentence, least = arrays
         kernel(history.data_ptr(), *history.shape, constants.token_map.data_ptr(), constants.boundaries.data_ptr(),
-               constants.multipliers.data_ptr(), c_integers(*(family.order for family in families)), len(families),
-               reach, c_integers(*(family.sentence for family in families)), c_integers(shortest), constants.pad_id,
+               constants.multipliers.data_ptr(), orders, len(families), reach, sentence, least, constants.pad_id,
                _FAMILY_STRIDE, names.data_ptr())  # fmt: skip
         return names
     ids = history.numpy()
@@ -259,6 +259,17 @@ def name_positions(history: torch.Tensor, families: list[NgramFamily], constants
         mix = mixes[family.sentence][:, :, family.order - 1]
         found[:, :, number] = np.where(named, scramble(mix + strides[number]), NO_NAME)
     return torch.from_numpy(found)
+
+
+@functools.cache
+def _sizes(families: tuple[NgramFamily, ...]) -> tuple:
+    """Longest and shortest span; for the C kernel orders, which look at their sentence alone, and the shortest span."""
+    shortest = min(family.span for family in families)
+    orders, sentence = zip(*((family.order, family.sentence) for family in families), strict=True)
+    return (
+        max(family.span for family in families), shortest,
+        c_integers(*orders), c_integers(*sentence), c_integers(shortest),
+    )  # fmt: skip
 
 
 def scramble(values: np.ndarray) -> np.ndarray:

@@ -110,18 +110,20 @@ class EngramTable:
         """Add the row of every name to a state, at the coordinates of its family.
 
         Args:
-            state: [P, D] float32, contiguous; modified in place.
-            names: [P, F] int64, contiguous.
+            state: [..., D] float32, contiguous; modified in place.
+            names: [..., F] int64, contiguous.
             starts: first coordinate of each of the F families; a row's coordinates wrap around at D.
         """
         if not self.num_owned:
             return
-        kernel = c_function("karla_add_rows", "piipipipip")
+        kernel, families, hidden = c_function("karla_add_rows", "piipipipip"), len(starts), state.shape[-1]
         if kernel is None:
-            spread(state, self.read(names.numpy().reshape(-1)).view(*names.shape, self.width), starts)
+            rows = self.read(names.numpy().reshape(-1)).view(-1, families, self.width)
+            spread(state.view(-1, hidden), rows, starts)
             return
-        kernel(names.data_ptr(), *names.shape, self._addresses[0], len(self.names), self._addresses[1], self.width,
-               c_integers(*starts), state.shape[1], state.data_ptr())  # fmt: skip
+        at_names, at_rows = self._addresses
+        kernel(names.data_ptr(), names.numel() // families, families, at_names, len(self.names), at_rows, self.width,
+               c_integers(*starts), hidden, state.data_ptr())  # fmt: skip
 
     def claim(self, names: np.ndarray) -> np.ndarray:
         """Give every name a row, zero at first, unless it has one; where both buckets are full, the first names win.

@@ -70,7 +70,9 @@ def _filled(rows_of_64: int) -> tuple[Engram, torch.Tensor]:
     numbers = np.random.default_rng(0)
     while table.load < 0.8:
         table.claim(numbers.integers(1, 2**63, size=min(1 << 20, int(0.8 * len(table)) - table.num_owned + 1)))
-    table.rows.reshape(-1)[:] = np.resize(numbers.standard_normal(1 << 20).astype(np.float16), table.rows.size)
+    flat, some = table.rows.reshape(-1), numbers.standard_normal(1 << 20).astype(np.float16)
+    for at in range(0, len(flat), len(some)):
+        flat[at : at + len(some)] = some[: len(flat) - at]
     return engram, ids
 
 
