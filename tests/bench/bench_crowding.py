@@ -52,10 +52,10 @@ def draw(result, path):
     """Recall and change of perplexity over load."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     recall, change = figure.subplots(1, 2)
-    for kind, colour in (("fixed", "#1f6f78"), ("grows", "#d9822b")):
+    for kind, label, colour in (("fixed", "fixed table", "#1f6f78"), ("grows", "growing table", "#d9822b")):
         points = [row for name, row in result["rows"].items() if name.startswith(kind)]
         loads = [row["load"] for row in points]
-        recall.plot(loads, [row["recalled of 200"] for row in points], "o-", label=f"{kind} table", color=colour)
+        recall.plot(loads, [row["recalled of 200"] for row in points], "o-", label=label, color=colour)
         for text, style in (("story", "o-"), ("reference", "s--")):
             label = f"{text}, {kind} table"
             change.plot(
