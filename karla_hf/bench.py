@@ -1,6 +1,6 @@
 """Timings: ours and a peer in turn, in one process, median of several rounds; and tables of qualities.
 
-A bench is `tests/bench/bench_<name>.py`. One of timings defines `rows()`, which yields `Row`s. One of qualities defines
+A bench is `tests/bench/bench_<name>.py`. One of timings defines `rows()`, which yields `Row`s and `Result`s. One of qualities defines
 `run()`, which returns `{"rows": {name: {column: number}}}` and whatever else belongs into the JSON, and, if it has a
 figure, `draw(result, path)`.
 """
@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -49,11 +49,30 @@ class Row:
     theirs: Callable[[], object]
 
 
-def measure(row: Row, rounds: int = 5) -> dict[str, float | str]:
+@dataclass(frozen=True)
+class Result:
+    """A comparison that is no timing, measured already.
+
+    Attributes:
+        name: row name in the result.
+        value: ours.
+        unit: of both values.
+        peer: what it is compared with.
+        peer_value: the peer's.
+    """
+
+    name: str
+    value: float
+    unit: str
+    peer: str
+    peer_value: float
+
+
+def measure(row: Row | Result, rounds: int = 5) -> dict[str, float | str]:
     """Time both sides of a row in turn, after one untimed call of each.
 
     Args:
-        row: the comparison.
+        row: the comparison; a `Result` is taken as it is.
         rounds: timed calls of each side.
 
     Returns:
@@ -64,6 +83,8 @@ def measure(row: Row, rounds: int = 5) -> dict[str, float | str]:
         >>> measure(row, rounds=2)["ratio"] > 1
         True
     """
+    if isinstance(row, Result):
+        return {**_as_dict(row), "ratio": row.value / row.peer_value}
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     row.ours()
     row.theirs()
@@ -117,7 +138,7 @@ def run_bench(names: list[str], json: Path | None = None, rounds: int = 5) -> li
         raise ValueError(f"There is no bench {', '.join(unknown)}; the benches are {', '.join(known)} and all.")
     results = []
     for name in names:
-        module = _load(name)
+        module = load_bench(name)
         if hasattr(module, "run"):
             results.append({"bench": name, **module.run(), **environment()})
             _show_qualities(results[-1])
@@ -142,7 +163,12 @@ def environment() -> dict[str, object]:
     }
 
 
-def _load(name: str) -> ModuleType:
+def _as_dict(result: Result) -> dict[str, float | str]:
+    return {key: value for key, value in asdict(result).items() if key != "name"}
+
+
+def load_bench(name: str) -> ModuleType:
+    """The module of a bench in `tests/bench`."""
     path = BENCH_FOLDER / f"bench_{name}.py"
     spec = importlib.util.spec_from_file_location(f"karla_bench_{name}", path)
     assert spec is not None, path

@@ -16,10 +16,11 @@ def draw(result, path):
     path.write_text(str(result["more"]))
 """
 TIMING = """
-from karla_hf.bench import Row
+from karla_hf.bench import Result, Row
 
 def rows():
     yield Row("nothing", 1, "calls", lambda: None, "nothing too", lambda: None)
+    yield Result("kept", 19, "facts", "before", 20)
 """
 
 
@@ -48,6 +49,8 @@ def test_both_kinds_of_benches_run_in_one_call(folder, capsys):
     results = bench.run_bench(["all"], rounds=1)
     assert [result["bench"] for result in results] == ["quality", "timing"]
     assert results[1]["rows"]["nothing"]["peer"] == "nothing too"
+    kept = {"value": 19, "unit": "facts", "peer": "before", "peer_value": 20, "ratio": 0.95}
+    assert results[1]["rows"]["kept"] == kept
     assert not list(folder.glob("*.png")), "a figure without --json"
 
 
@@ -55,7 +58,7 @@ def test_every_bench_defines_rows_or_run():
     names = bench.bench_names()
     assert {"decode", "read"} <= set(names)
     for name in names:
-        module = bench._load(name)
+        module = bench.load_bench(name)
         assert hasattr(module, "rows") != hasattr(module, "run"), name
 
 

@@ -1,11 +1,14 @@
-"""The memory alone: looking names up in small and large tables, and writing. 16 rows of 64 halves for every token."""
+"""The memory: looking names up in small and large tables, writing, saving, reading, and what stays (about ten minutes).
+
+Lookups and writes have 16 rows of 64 halves for every token.
+"""
 
 import numpy as np
 import torch
 from transformers import LlamaConfig
 
 from karla_hf import KarlaConfig, KarlaForCausalLM, load_tokenizer
-from karla_hf.bench import Row
+from karla_hf.bench import Result, Row, load_bench
 from karla_hf.documents import class_documentation
 from karla_hf.modeling import writing_karla
 from karla_hf.modeling.engram_karla import Engram, new_engram
@@ -22,13 +25,20 @@ PREFILLED = 4096
 
 
 def rows():
-    """Lookups, the write, and reading as a whole."""
+    """Lookups, the write, saving, reading as a whole, and recall after reading on."""
     yield from _lookups("1e5", 100_000)
     yield from _lookups("5e7", 50_000_000)
     yield _write()
+    yield from load_bench("commit").rows()
     tokenizer = load_tokenizer(NAME)
     document = class_documentation("trl", "trl/trainer/grpo_trainer.py", "GRPOTrainer")
     yield read_row(KarlaForCausalLM.from_backbone(NAME, tokenizer), tokenizer, document)
+
+    kept = load_bench("retention").run()["rows"]
+    recalled = [kept[when]["recalled of 200"] for when in ("after other text", "after the facts")]
+    yield Result(
+        "recall_after_100k", recalled[0], "of 200 facts", "before reading 100,000 further tokens", recalled[1]
+    )
 
 
 def _lookups(size: str, rows_of_64: int):
