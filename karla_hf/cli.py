@@ -141,7 +141,7 @@ def read(
         Literal["closed", "open"],
         typer.Option(
             help="closed: store what the backbone would not know without the text. "
-            "open: store only what surprises it in its context, and read faster."
+            "open: store only what surprises it in its context."
         ),
     ] = "closed",
     lines: Annotated[bool, typer.Option("--lines", help="Every line that is not empty is a text of its own.")] = False,

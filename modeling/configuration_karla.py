@@ -42,7 +42,7 @@ class KarlaConfig(PreTrainedConfig):
         engram_update_periods: chunks between two changes of each level of the memory; the first is 1, and each is a
             multiple of the one before.
         engram_cues: whether what is read is also stored under the words around it, to be found by a question.
-        engram_seed: seed of hash multipliers and coordinates, used once, when a model is made.
+        engram_seed: seed of hash multipliers, used once, when a model is made.
         engram_layer_ids: blocks of the backbone, from 0, before which a module with trained rows is inserted; None
             inserts none.
         engram_layer_orders: n-gram orders that address the trained rows.

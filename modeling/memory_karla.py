@@ -21,7 +21,7 @@ from .sharded_karla import ShardedEngram, collect, shard
 
 
 WINDOWS = {"closed": (64, 48, 8), "open": (512, 256, None)}  # most tokens, stride, least tokens of a sentence
-BATCH_TOKENS = {"cpu": 256}
+BATCH_TOKENS = {"cpu": 256}  # of one call of the backbone while reading; 4,096 on any other device
 
 
 def tokenizer_hash(tokenizer) -> str:
