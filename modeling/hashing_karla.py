@@ -13,7 +13,6 @@ offers `span` (how many tokens of history it needs, itself included) and `mix` (
 from __future__ import annotations
 
 import functools
-import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +24,6 @@ from .sentences_karla import NO_TOKEN, sentence_age
 
 _MULTIPLIER_SEED_STRIDE = 10007
 _FAMILY_STRIDE = 0x1E3779B97F4A7C15  # odd, below 2^61: separates the families' mixes
-_LONE_SPACE = "\ue000"
-# Unicode's white space, which the reference strips; str.strip() would take the separators \x1c to \x1f too
-_WHITE_SPACE = "".join(char for char in map(chr, range(0x3001)) if char.isspace() and char not in "\x1c\x1d\x1e\x1f")
 NO_NAME = 0
 
 
@@ -109,43 +105,6 @@ class NgramFamily(NamedTuple):
         return torch.from_numpy(np.bitwise_xor.reduce(windows * multipliers[: self.order].flip(0).numpy(), axis=-1))
 
 
-def compress_vocabulary(tokenizer, vocab_size: int) -> torch.Tensor:
-    """Map token ids that a reader would call the same word to one id (Engram, section 2.2).
-
-    A token's text is NFKC- and NFD-normalised, stripped of accents, lower-cased, its white space collapsed and stripped
-    (a lone space stays one); tokens that are no valid text by themselves keep their raw form. Ids are dense, in the
-    order of first appearance.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        vocab_size: rows of the model's embedding; ids beyond the tokenizer's keep an id of their own.
-
-    Returns:
-        [vocab_size] int64.
-    """
-    count = min(len(tokenizer), vocab_size)
-    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in range(count)]
-    raw = tokenizer.convert_ids_to_tokens(list(range(count)))
-    ids: dict[str, int] = {}
-    mapped = [
-        ids.setdefault(name if "�" in text else _normalised(text), len(ids))
-        for text, name in zip(texts, raw, strict=True)
-    ]
-    mapped += range(len(ids), len(ids) + vocab_size - count)
-    return torch.tensor(mapped, dtype=torch.int64)
-
-
-def _normalised(text: str) -> str:
-    form = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
-    form = "".join(char.lower() for char in form if not unicodedata.category(char).startswith("M"))
-    for blank in "\t\r\n":
-        form = form.replace(blank, " ")
-    while "  " in form:
-        form = form.replace("  ", " ")
-    form = _LONE_SPACE if form == " " else form.strip(_WHITE_SPACE)
-    return form.replace(_LONE_SPACE, " ") or text
-
-
 def hash_constants(
     orders: list[int], num_heads: int, rows_per_head: int, token_map: torch.Tensor, pad_id: int, seed: int
 ) -> HashConstants:
@@ -158,7 +117,7 @@ def hash_constants(
         orders: n-gram order of every family.
         num_heads: tables per family.
         rows_per_head: least number of rows of a table.
-        token_map: [V] int64, see `compress_vocabulary`.
+        token_map: [V] int64, see `vocabulary_karla`.
         pad_id: token id (not compressed) that stands for "no token".
         seed: seed of the multipliers; the reference's `seed + 10007 * layer` with layer 0.
 
@@ -186,7 +145,7 @@ def name_constants(
 
     Args:
         longest: n of the longest n-gram.
-        token_map: [V] int64, see `compress_vocabulary`.
+        token_map: [V] int64, see `vocabulary_karla`.
         boundaries: [V] uint8, see `sentence_boundaries`.
         pad_id: token id (not compressed) that stands for "no token".
         seed: seed of the multipliers.

@@ -24,7 +24,6 @@ from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
 from .ctm_karla import KarlaHead
 from .engram_karla import new_engram
-from .hashing_karla import compress_vocabulary
 from .layer_engram_karla import LayerEngram
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
@@ -35,6 +34,7 @@ from .pretrained_karla import (
     logit_scale,
 )
 from .sentences_karla import NO_TOKEN, sentence_boundaries
+from .vocabulary_karla import compress_vocabulary
 from .words_karla import Lexicon
 
 

@@ -16,7 +16,6 @@ from karla_hf.modeling import hashing_karla
 from karla_hf.modeling.hashing_karla import (
     NO_NAME,
     NgramFamily,
-    compress_vocabulary,
     hash_constants,
     name_constants,
     name_positions,
@@ -25,6 +24,7 @@ from karla_hf.modeling.hashing_karla import (
 )
 from karla_hf.modeling.reference_engram import naive_names, naive_ngram_rows
 from karla_hf.modeling.sentences_karla import BEGINS, BREAKS, ENDS, NO_TOKEN, sentence_boundaries
+from karla_hf.modeling.vocabulary_karla import compress_vocabulary
 
 
 ORDERS = [[2, 3], [4, 6, 12, 24]]

@@ -11,9 +11,9 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 
 from karla_hf import KarlaConfig, KarlaForCausalLM, KarlaModel
 from karla_hf.modeling.cache_karla import RowsCacheLayer
-from karla_hf.modeling.hashing_karla import compress_vocabulary
 from karla_hf.modeling.layer_engram_karla import LayerEngram, find_blocks
 from karla_hf.modeling.reference_layer_engram import naive_added, naive_addresses
+from karla_hf.modeling.vocabulary_karla import compress_vocabulary
 
 
 ROWS = {
