@@ -16,8 +16,9 @@ from .backbone_karla import split_backbone
 from .bitlinear_karla import BitLinear
 from .checkpoint_karla import KarlaCheckpointMixin
 from .configuration_karla import KarlaConfig
-from .ctm_karla import KarlaHead, NeuronModels, Synchronisation
+from .ctm_karla import NeuronModels, Synchronisation
 from .engram_karla import Engram
+from .head_karla import KarlaHead
 from .layer_engram_karla import HashedRows, RowGate
 
 

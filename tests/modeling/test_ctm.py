@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from karla_hf import KarlaConfig
 from karla_hf.modeling.attention_karla import cut_blocks
 from karla_hf.modeling.bitlinear_karla import set_packed
-from karla_hf.modeling.ctm_karla import KarlaHead
+from karla_hf.modeling.head_karla import KarlaHead
 from karla_hf.modeling.reference_ctm import naive_head
 
 
