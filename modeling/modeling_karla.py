@@ -22,8 +22,8 @@ from .bitlinear_karla import set_packed
 from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
 from .configuration_karla import KarlaConfig, check_config_keys
-from .head_karla import KarlaHead
 from .engram_karla import new_engram
+from .head_karla import KarlaHead
 from .layer_engram_karla import LayerEngram
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
