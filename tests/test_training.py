@@ -298,7 +298,7 @@ def test_recipe_cannot_reshape_a_trained_karla(recipe, tmp_path):
             {"ctm_num_ticks": "four"},
             r"cannot be used: Field 'ctm_num_ticks' expected int, got str \(value: 'four'\)\.$",
         ),
-        ({"tick_loss": "first"}, r"`tick_loss` is 'first'; give 'two_tick' or 'last'\.$"),
+        ({"tick_loss": "first"}, r"`tick_loss` is 'first'; give 'last', 'mean' or 'two_tick'\.$"),
         ({"backbone_quantization": "int3"}, r"quantization is 'int3'; give None, 'nf4', 'int8' or a dict"),
     ],
 )
