@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .certainty_karla import Candidates, certainty, expected_ticks, halting_ticks
 
@@ -145,22 +144,46 @@ def tick_certainties(
 ) -> torch.Tensor:
     """Certainties before thinking and after every tick, over each position's candidates.
 
-    Args: as of `two_tick_loss`; gradients flow into `state` and `deltas`, and nothing but these is kept for them.
+    Args: as of `two_tick_loss`; gradients flow into `state` and `deltas`.
 
     Returns:
         [S + 1, n] in [0, 1].
     """
 
-    def measure(state: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:
-        candidates = Candidates(state.detach(), output_embeddings, bias, count)
-        return torch.stack([certainty(candidates.logits(s)) for s in (state, *(state + deltas).unbind(0))])
-
-    parts = zip(state.split(CHUNK), deltas.split(CHUNK, dim=1), strict=True)
-    if torch.is_grad_enabled():
-        found = [checkpoint(measure, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    else:
-        found = [measure(*part) for part in parts]
+    found = []
+    for at in range(0, len(state), CHUNK):
+        part = slice(at, at + CHUNK)
+        candidates = Candidates(state[part].detach(), output_embeddings, bias, count)
+        states = (state[part], *(state[part] + deltas[:, part]).unbind(0))
+        found.append(torch.stack([certainty(candidates.logits(each)) for each in states]))
     return torch.cat(found, dim=1) if found else state.new_zeros(len(deltas) + 1, 0)
+
+
+class _KeepGradient(torch.autograd.Function):
+    """function(state, deltas, labels) of single positions, of which nothing is kept but its gradient."""
+
+    @staticmethod
+    def forward(ctx, function, state, deltas, labels):
+        losses, gradients = [], []
+        for at in range(0, len(labels), CHUNK):
+            part = slice(at, at + CHUNK)
+            with torch.enable_grad():
+                variables = [x.detach().requires_grad_() for x in (state[part], deltas[:, part])]
+                loss = function(*variables, labels[part])
+                gradients.append(torch.autograd.grad(loss.sum(), variables))
+            losses.append(loss.detach())
+        state_gradients, delta_gradients = zip(*gradients, strict=True) if gradients else ([state], [deltas])
+        ctx.save_for_backward(
+            torch.cat(state_gradients) if ctx.needs_input_grad[1] else None, torch.cat(delta_gradients, dim=1)
+        )
+        return torch.cat(losses) if losses else state.new_zeros(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        state_gradient, delta_gradient = ctx.saved_tensors
+        column = grad.to(delta_gradient.dtype)[:, None]
+        return None, None if state_gradient is None else column * state_gradient, column * delta_gradient, None
 
 
 class TickJudge:
@@ -193,7 +216,11 @@ class TickJudge:
         """Losses [b, n] of a chunk with states [b, n, D] and deltas [S, b, n, D]; zero where there is no label."""
         labels = self.labels[rows, columns]
         used = labels != -100
-        losses = self._losses(state[used], deltas[:, used], labels[used])
+        arguments = state[used], deltas[:, used], labels[used]
+        if self.config.ponder_cost:  # every tick takes part twice, in the loss and by its certainty
+            losses = _KeepGradient.apply(self._losses, *arguments)
+        else:
+            losses = self._losses(*arguments)
         return losses.new_zeros(used.shape).masked_scatter(used, losses)
 
     def _losses(self, state: torch.Tensor, deltas: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

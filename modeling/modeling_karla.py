@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .answers_karla import recall
@@ -22,6 +22,7 @@ from .cache_karla import KarlaCacheLayer, karla_layer
 from .certainty_karla import certainty
 from .configuration_karla import KarlaConfig, check_config_keys
 from .engram_karla import new_engram
+from .generating_karla import KarlaGenerationMixin
 from .head_karla import KarlaHead
 from .layer_engram_karla import LayerEngram
 from .losses_karla import TickJudge
@@ -207,7 +208,7 @@ class KarlaModel(KarlaPreTrainedModel):
         return Plan(ticks, threshold, config.tick_loss == "two_tick", all_ticks, config.certainty_candidates, judge)
 
 
-class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
+class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, KarlaGenerationMixin):
     """Karla with the backbone's frozen output layer: generates, trains, and reads.
 
     Args:
@@ -396,13 +397,6 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         threshold = self.config.certainty_threshold if threshold is None else threshold
         return TickJudge(self.config, following, *self.model.output_projection(), threshold)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and len(cache.layers) >= self.config.text_config.num_hidden_layers:
-            # up front, so that a static cache knows from the first step that this layer cannot be compiled
-            self.model.cache_layer(cache, past=int(cache.get_seq_length()))
 
     def _closed_states(self, input_ids, attention_mask):
         with self.trained_rows(input_ids, attention_mask):

@@ -123,15 +123,16 @@ def think(
     Returns:
         The answers.
     """
-    layers, found = head.quantized(), []
+    layers, parts, starts = head.quantized(), [], []
     for chunk in _chunks(head, state, sources, window, plan):
         part = state[chunk.rows, chunk.columns]
-        found.append((chunk, _think_chunk(head, part, chunk, window, plan, projection, layers)))
+        thoughts = _think_chunk(head, part, chunk, window, plan, projection, layers)
         if not torch.is_grad_enabled():  # in place, chunk by chunk: no second copy of all states
-            part += found[-1][1].state.to(part.dtype)
-            found[-1] = (chunk, found[-1][1]._replace(state=part))
-    parts = [thoughts for _, thoughts in found]
-    across = sum(chunk.rows == found[0][0].rows for chunk, _ in found)
+            part += thoughts.state.to(part.dtype)
+            thoughts = thoughts._replace(state=part)
+        parts.append(thoughts)
+        starts.append(chunk.rows.start)
+    across = starts.count(starts[0])
 
     def joined(name: str, dim: int) -> torch.Tensor | None:
         pieces = [getattr(part, name) for part in parts]
@@ -155,7 +156,8 @@ def _chunks(head, state, sources: Sources, window: int, plan: Plan) -> Iterator[
     if torch.is_grad_enabled():
         yield from _trained_chunks(head, batch, length, sources, window, plan)
         return
-    size = CHUNK.get(state.device.type, 256) // (MEASURED_SHARE if plan.measures else 1)
+    size = CHUNK.get(state.device.type, 256)
+    size = max(1, size // MEASURED_SHARE) if plan.measures else size
     cached = sources.cached
     first = max(0, total - max(cached.keep + cached.slack, length + window - 1))
     cuts = [*range(first, total - length, size), *range(total - length, total, size), total]

@@ -138,7 +138,9 @@ def test_gradient_of_the_last_tick_alone_equals_naive():
     sources, states, positions, valid = arguments
     direction = torch.randn_like(states)
     blocks = cut_blocks(head.memory(sources, positions), valid, head.memory.registers, positions, WINDOW)
-    ours = torch.autograd.grad((head(states, blocks, TICKS).view_as(states) * direction).sum(), list(head.parameters()))
+    ours = torch.autograd.grad(
+        (head(states, blocks, TICKS).view_as(states) * direction).sum(), list(head.parameters())
+    )
     theirs = torch.autograd.grad((naive_deltas(head, *arguments)[-1] * direction).sum(), list(head.parameters()))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
@@ -171,7 +173,9 @@ def test_head_stops_when_it_is_told_to():
     blocks = cut_blocks(head.memory(sources, positions), valid, head.memory.registers, positions, WINDOW)
     seen = []
     with torch.no_grad():
-        last = head(states, blocks, 9, lambda tick, delta: seen.append(delta) or (torch.tensor([]) if tick == 2 else None))
+        last = head(
+            states, blocks, 9, lambda tick, delta: seen.append(delta) or (torch.tensor([]) if tick == 2 else None)
+        )
         assert len(seen) == 2
         assert torch.equal(last, seen[1])
         assert torch.equal(head(states, blocks, 2), last)
