@@ -85,7 +85,7 @@ class ChatSession:
         ends = {self.tokenizer.eos_token_id, *_as_list(self.model.generation_config.eos_token_id)} - {None}
         streamer = _PieceStreamer(self.tokenizer, on_text)
         started, stopped = time.perf_counter(), False
-        generate: Callable[..., Any] = self.model.generate  # type: ignore[misc]  # as transformers annotates itself
+        generate: Callable[..., Any] = self.model.generate
         with recorded_thoughts(self.model) as records:
             try:
                 generate(

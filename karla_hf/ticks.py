@@ -155,10 +155,10 @@ def calibrate(table: TickTable, max_rise: float = 0.01, thresholds: Sequence[flo
     per_threshold = []
     for threshold in thresholds:
         ticks = halting_ticks(table.certainties, threshold)
-        numbers = dict(zip(names, table.at(ticks), strict=True))
-        rise = numbers["loss"] / full - 1 if full else float(numbers["loss"] > 0)
+        at = dict(zip(names, table.at(ticks), strict=True))
+        rise = at["loss"] / full - 1 if full else float(at["loss"] > 0)
         expected = ticks.double().mean().item()
-        per_threshold.append({"threshold": threshold, "ticks": expected, "rise": rise, **numbers})
+        per_threshold.append({"threshold": threshold, "ticks": expected, "rise": rise, **at})
     allowed = [entry for entry in per_threshold if entry["rise"] <= max_rise]
     chosen = min(allowed, key=lambda entry: (entry["ticks"], -entry["threshold"]), default=None)
     return Calibration(count, per_tick, per_threshold, chosen, max_rise)
@@ -179,7 +179,8 @@ def _measure_context(model: KarlaForCausalLM, ids: list[int], first: int, group:
     deltas = out.tick_deltas[:, 0]
     state, labels = out.last_hidden_state[0] - deltas[-1], input_ids[0, first:]
     count = model.config.certainty_candidates
-    certainties = tick_certainties(state, deltas, *model.model.output_projection(), count)
+    weight, bias = model.model.output_projection()
+    certainties = tick_certainties(state, deltas, weight, bias, count)
     losses, hits = [], []
     for delta in (torch.zeros_like(state), *deltas):
         found = [
@@ -193,8 +194,7 @@ def _measure_context(model: KarlaForCausalLM, ids: list[int], first: int, group:
 
 def _judge(model: KarlaForCausalLM, state: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and hits [n] of states [n, D]."""
-    head = model.lm_head
-    assert head is not None
+    head: Any = model.lm_head
     logits = finish_logits(head(state.to(head.weight.dtype)), model.config.text_config).float()
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return losses, logits.argmax(-1) == labels

@@ -107,7 +107,8 @@ class StoppingRule:
     def __init__(self, candidates: Candidates, state: torch.Tensor, threshold: float | None, most_certain: bool):
         self._threshold, self._most_certain = threshold, most_certain
         self._candidates: Candidates | None = candidates
-        self._state, self._decisions = state.detach(), {}
+        self._state = state.detach()
+        self._decisions: dict[int, tuple] = {}
         self._rows = torch.arange(len(state), device=state.device)
         self.ticks_used = torch.zeros_like(self._rows)
         self._sure = certainty(candidates.logits(self._state))
@@ -131,7 +132,9 @@ class StoppingRule:
             with torch.no_grad():
                 self._decisions[tick] = self._decide(tick, delta.detach())
         better, left = self._decisions[tick]
-        self._best = delta if better is None else torch.where(better[:, None], delta, self._best)
+        if better is not None and self._best is not None:
+            delta = torch.where(better[:, None], delta, self._best)
+        self._best = delta
         if left is None:
             return None
         done, going, rows = left
@@ -149,6 +152,7 @@ class StoppingRule:
 
     def _decide(self, tick: int, delta: torch.Tensor) -> tuple:
         """Where this tick is better than all before (None: everywhere), and who leaves with it (None: nobody)."""
+        assert self._candidates is not None
         reached, better = certainty(self._candidates.logits(self._state + delta)), None
         if self._most_certain and tick > 1:
             better = reached > self._sure
@@ -164,6 +168,7 @@ class StoppingRule:
             return None
         stopped, going = done.nonzero()[:, 0], (~done).nonzero()[:, 0]
         rows, self._rows = self._rows[stopped], self._rows[going]
+        assert self._candidates is not None
         self._candidates.keep(going)
         self._state, self._sure = self._state.index_select(0, going), self._sure.index_select(0, going)
         return stopped, going, rows

@@ -234,7 +234,7 @@ class TickJudge:
             losses = two_tick_loss(state, deltas, labels, *self.projection, count, self.cap)
         else:
             delta = deltas[-1]
-            if threshold is not None:
+            if threshold is not None and sure is not None:
                 ticks = halting_ticks(sure.detach(), threshold)
                 position = torch.arange(len(labels), device=labels.device)
                 delta = torch.where((ticks > 0)[:, None], deltas[(ticks - 1).clamp(min=0), position], 0.0)
