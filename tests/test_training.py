@@ -183,7 +183,7 @@ def test_only_the_head_changes(backbone, tmp_path, tick_loss):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("tick_loss", ["last", "two_tick"])
+@pytest.mark.parametrize("tick_loss", ["last", "mean", "two_tick"])
 def test_loss_of_the_trainer_is_the_models_own(backbone, tmp_path, tick_loss, accumulation):
     model = talking_karla(backbone, tick_loss=tick_loss)
     trainer = make_trainer(
