@@ -1,8 +1,13 @@
 """Log-probabilities of labels under a frozen output layer, without the logits of a whole batch."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
+from trl.trainer.utils import FusedCausalLMOutput
+
+from karla_hf.modeling.modeling_karla import KarlaForCausalLM
+from karla_hf.modeling.pretrained_karla import logit_scale
 
 
 ROWS = 64  # positions whose logits are there at once: 12.6 MB for 49,152 tokens
@@ -101,3 +106,55 @@ def _finish(z: torch.Tensor, scale: float, cap: float | None) -> tuple[torch.Ten
         return z, None
     bent = torch.tanh(z / cap)
     return bent * cap, 1.0 - bent * bent
+
+
+def score_labels_only(model: KarlaForCausalLM) -> None:
+    """Let the fused output layer that TRL's trainers give a model think and score where there are labels, and only there.
+
+    `model(..., labels=labels, fused_lm_head=True)` returns what it did: zeros where the label is -100, and elsewhere, up to
+    rounding, the same. The head thinks from the first labelled position of the batch on; TRL's own way is taken where the
+    output layer trains or is sharded, or where no label is left.
+
+    Args:
+        model: a Karla in an `SFTTrainer`. Its `forward` is replaced in place.
+    """
+    theirs = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(*args, fused_lm_head=False, labels=None, **kwargs):
+        layer = model.get_output_embeddings()
+        own = fused_lm_head and labels is not None and not kwargs.get("output_router_logits") and not args
+        if not own or "shift_labels" in kwargs or layer.weight.requires_grad or not (labels[:, 1:] != -100).any():
+            return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        kwargs.pop("num_items_in_batch", None)
+        return _score_batch(model, labels[:, 1:], **kwargs)
+
+    model.forward = forward
+
+
+def _score_batch(model: KarlaForCausalLM, labels: torch.Tensor, **inputs: Any) -> FusedCausalLMOutput:
+    """Scores of labels [B, T - 1]; the last token predicts nothing and is left out."""
+    length = labels.shape[1]
+    for name in ("input_ids", "attention_mask", "position_ids", "source_states"):
+        if inputs.get(name) is not None:
+            inputs[name] = inputs[name][:, :length]
+    wanted = labels != -100
+    first = int(wanted.any(0).int().argmax())
+    out = model.model(**{**inputs, "use_cache": False, "logits_to_keep": length - first})
+    config, layer = model.config.text_config, model.get_output_embeddings()
+    scores = score_labels(
+        out.last_hidden_state[wanted[:, first:]],
+        layer.weight,
+        getattr(layer, "bias", None),
+        labels[wanted],
+        logit_scale(config),
+        getattr(config, "final_logit_softcapping", None),
+    )
+    spread = [part.new_zeros(labels.shape).masked_scatter(wanted, part) for part in scores]
+    return FusedCausalLMOutput(
+        loss=-scores.log_probs.mean(),
+        log_probs=spread[0],
+        entropy=spread[1],
+        is_top1=spread[2],
+        label_mask=wanted,
+    )
