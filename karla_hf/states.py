@@ -147,6 +147,7 @@ def store_states(
     """
     if dtype not in DTYPES:
         raise ValueError(f"The dtype of cached states is {dtype!r}; give one of {', '.join(DTYPES)}.")
+    model.model.check_frozen()
     width = len(model.model.state_layers) * model.config.text_config.hidden_size
     stored = StoredStates(folder, [len(row) for row in rows], width, DTYPES[dtype].itemsize)
     if rank == 0:

@@ -48,7 +48,7 @@ class KarlaSFTTrainer(SFTTrainer):
         ternary_decay_share: share of the training after which that of ternary weights is 0.
 
     Raises:
-        ValueError: for states of a backbone that trains, of streamed data or of data without padding.
+        ValueError: for data without padding, or for states of a backbone that trains or of streamed data.
         OSError: if the disk has no room for the states.
     """
 
@@ -66,6 +66,11 @@ class KarlaSFTTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.padding_free:
+            raise ValueError(
+                "Rows without padding would let the head look from one text into another; use `packing_strategy: wrapped`, "
+                "or no packing, and no `padding_free`."
+            )
         self.plain_collator = self.data_collator
         decay = self.args.weight_decay if ternary_weight_decay is None else ternary_weight_decay
         self.ternary_decay = TernaryDecay(decay, ternary_decay_share)
@@ -85,11 +90,8 @@ class KarlaSFTTrainer(SFTTrainer):
 
     def _store_states(self, folder: Path, dtype: str) -> None:
         """Compute and store the states of the training data, and of held-out data if it is evaluated on the way."""
-        if self.padding_free or not isinstance(self.train_dataset, Dataset):
-            raise ValueError(
-                "Cached states need rows of a known number, each by itself; use `packing_strategy: wrapped` or no packing, "
-                "no `padding_free`, and a data set that is not streamed."
-            )
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError("Cached states need a data set of known length; load it without streaming.")
         accelerator = self.accelerator
         options: dict[str, Any] = {
             "dtype": dtype, "precision": accelerator.mixed_precision, "autocast": accelerator.autocast,

@@ -19,6 +19,14 @@ class BackboneStatesMixin:
         layers, last = self.config.ctm_source_layers, self.config.text_config.num_hidden_layers
         return [*layers] if last in layers else [*layers, last]
 
+    def check_frozen(self) -> None:
+        """Raise ValueError if the backbone or trained rows in it train, so that its states do not stay what they are."""
+        if self.backbone_trains:
+            raise ValueError(
+                "The backbone or trained rows in it require gradients, so its states change with every step; freeze them "
+                "(`engram_layer_ids: null` has none), or do without cached states."
+            )
+
     @torch.no_grad()
     def backbone_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Run the backbone, to give its states to `forward` later.
@@ -31,13 +39,9 @@ class BackboneStatesMixin:
             [B, T, L, D] in the backbone's dtype, in the order of `state_layers`, the last layer after its final norm.
 
         Raises:
-            ValueError: if the backbone or trained rows in it train, so that the states would not stay what they are.
+            ValueError: if the backbone or trained rows in it train.
         """
-        if self.backbone_trains:
-            raise ValueError(
-                "The backbone or trained rows in it require gradients, so its states change with every step; freeze them "
-                "(`engram_layer_ids: null` has none), or do without cached states."
-            )
+        self.check_frozen()
         with self.trained_rows(input_ids, attention_mask):
             return self._states(self._run_backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False))
 
