@@ -208,7 +208,9 @@ def _claim(folder: Path, key: StatesKey, stored: StoredStates) -> None:
     manifest, console = folder / MANIFEST, new_console()
     before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else None
     if before is not None and (others := key.differences(before)):
-        console.print(f"The states in {folder} are of another run ({', '.join(others)} differ); they are computed anew.")
+        console.print(
+            f"The states in {folder} are of another run ({', '.join(others)} differ); they are computed anew."
+        )
         manifest.unlink()
         before = None
     for path in folder.glob("states-*"):
@@ -238,9 +240,7 @@ def _compute(model: KarlaForCausalLM, rows: list[list[int]], dtype: torch.dtype)
     limit = BATCH_TOKENS.get(device.type, 16384)
     starts = [0, *accumulate(map(len, rows))]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    states = torch.empty(
-        starts[-1], len(model.model.state_layers), model.config.text_config.hidden_size, dtype=dtype
-    )
+    states = torch.empty(starts[-1], len(model.model.state_layers), model.config.text_config.hidden_size, dtype=dtype)
     while order:
         longest = len(rows[order[0]])
         count = max(1, limit // max(longest, 1))

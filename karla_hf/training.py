@@ -76,7 +76,9 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         train_dataset=corpus.train,
         eval_dataset=corpus.held_out,
         processing_class=tokenizer,
-        states_dir=(arguments.cache_dir or Path(str(training.output_dir), "states")) if arguments.cache_states else None,
+        states_dir=(arguments.cache_dir or Path(str(training.output_dir), "states"))
+        if arguments.cache_states
+        else None,
         states_dtype=arguments.cache_dtype,
         ternary_weight_decay=arguments.ternary_weight_decay,
         ternary_decay_share=arguments.ternary_decay_share,

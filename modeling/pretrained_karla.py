@@ -25,6 +25,7 @@ from .layer_engram_karla import HashedRows, RowGate
 
 logger = logging.get_logger(__name__)
 
+
 @dataclass
 class KarlaModelOutput(ModelOutput):
     """Output of `KarlaModel`.

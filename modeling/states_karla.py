@@ -43,7 +43,9 @@ class BackboneStatesMixin:
         """
         self.check_frozen()
         with self.trained_rows(input_ids, attention_mask):
-            return self._states(self._run_backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False))
+            return self._states(
+                self._run_backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            )
 
     def _run_backbone(self, output_hidden_states=None, **kwargs):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trains):

@@ -213,7 +213,9 @@ def test_what_cannot_be_stored_is_refused(train, backbone, tmp_path):
     model = KarlaForCausalLM.from_backbone(str(backbone), **OPTIONS, **rows)
     with pytest.raises(ValueError, match=r"trained rows in it require gradients, so its states change.*; freeze them"):
         train(texts(), tmp_path / "states", model=model)
-    with pytest.raises(ValueError, match=r"let the head look from one text into another; use `packing_strategy: wrapped`"):
+    with pytest.raises(
+        ValueError, match=r"let the head look from one text into another; use `packing_strategy: wrapped`"
+    ):
         train(texts(), tmp_path / "states", padding_free=True, max_length=None)
     assert not (tmp_path / "states").exists()
 

@@ -337,9 +337,13 @@ RUN = "import sys, torch; torch.set_num_threads(1); from karla_hf.training impor
 
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(recipe, tmp_path):
-    path = recipe(max_steps=300, save_steps=20, save_total_limit=2, save_packed=False, output_dir=str(tmp_path / "whole"))
+    path = recipe(
+        max_steps=300, save_steps=20, save_total_limit=2, save_packed=False, output_dir=str(tmp_path / "whole")
+    )
     run_recipe(path)
-    path = recipe(max_steps=300, save_steps=20, save_total_limit=2, save_packed=False, output_dir=str(tmp_path / "killed"))
+    path = recipe(
+        max_steps=300, save_steps=20, save_total_limit=2, save_packed=False, output_dir=str(tmp_path / "killed")
+    )
     process = subprocess.Popen([sys.executable, "-c", RUN, str(path)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):

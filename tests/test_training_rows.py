@@ -160,7 +160,13 @@ def test_training_learns_through_the_rows_alone(make_trainer):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path, accumulation):
-    changes = {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "cosine", "max_grad_norm": 0.5, "save_packed": False}
+    changes = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0.5,
+        "save_packed": False,
+    }
     path = recipe(**changes, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path / "whole"))
     run_recipe(path)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")

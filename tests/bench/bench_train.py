@@ -110,9 +110,7 @@ class Steps:
 
 def peak_megabytes(kind: str) -> float:
     """Growth of the largest resident size in three steps of a trainer, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, kind], capture_output=True, text=True, check=True, timeout=900
-    )
+    done = subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, check=True, timeout=900)
     return json.loads(done.stdout.splitlines()[-1])
 
 
