@@ -125,14 +125,14 @@ def score_labels_only(model: KarlaForCausalLM) -> None:
         layer = model.get_output_embeddings()
         own = fused_lm_head and labels is not None and not kwargs.get("output_router_logits") and not args
         if not own or "shift_labels" in kwargs or layer.weight.requires_grad or not (labels[:, 1:] != -100).any():
-            return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+            return theirs(*args, **{**kwargs, "fused_lm_head": fused_lm_head, "labels": labels})
         kwargs.pop("num_items_in_batch", None)
-        return _score_batch(model, labels[:, 1:], **kwargs)
+        return _score_batch(model, labels[:, 1:], kwargs)
 
-    model.forward = forward
+    model.forward = forward  # type: ignore[method-assign]
 
 
-def _score_batch(model: KarlaForCausalLM, labels: torch.Tensor, **inputs: Any) -> FusedCausalLMOutput:
+def _score_batch(model: KarlaForCausalLM, labels: torch.Tensor, inputs: dict[str, Any]) -> FusedCausalLMOutput:
     """Scores of labels [B, T - 1]; the last token predicts nothing and is left out."""
     length = labels.shape[1]
     for name in ("input_ids", "attention_mask", "position_ids", "source_states"):

@@ -1,10 +1,11 @@
 """Supervised training of a Karla's head with TRL."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
@@ -97,7 +98,7 @@ class KarlaSFTTrainer(SFTTrainer):
             "dtype": dtype, "precision": accelerator.mixed_precision, "autocast": accelerator.autocast,
             "rank": accelerator.process_index, "world": accelerator.num_processes, "wait": accelerator.wait_for_everyone,
         }  # fmt: skip
-        pad = self.processing_class.pad_token_id
+        pad = cast("PreTrainedTokenizerBase", self.processing_class).pad_token_id
         train = store_states(self.model, self.train_dataset["input_ids"], folder / "train", **options)
         self.train_dataset = self.train_dataset.add_column(STATE_ROW, list(range(len(train))))
         parts = [train]
@@ -110,8 +111,9 @@ class KarlaSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if STATE_ROW not in self._signature_columns:
-            self._signature_columns.append(STATE_ROW)
+        columns = cast("list[str]", self._signature_columns)
+        if STATE_ROW not in columns:
+            columns.append(STATE_ROW)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch, in nats per token; see the class for which one.
@@ -142,12 +144,11 @@ class KarlaSFTTrainer(SFTTrainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         engram = self.model.model.layer_engram
-        if engram is None or not engram.rows.weight.requires_grad:
-            super().create_optimizer(model)
-        else:
-            self.optimizer = self._rows_optimizer(engram)
-        split_ternary(self.optimizer, self.model, self.ternary_decay.decay)
-        return self.optimizer
+        rows = engram is not None and engram.rows.weight.requires_grad
+        optimizer = self._rows_optimizer(engram) if rows else super().create_optimizer(model)
+        split_ternary(optimizer, self.model, self.ternary_decay.decay)
+        self.optimizer = optimizer
+        return optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Names of the parameters that decay: weights, but not those of norms."""

@@ -72,7 +72,8 @@ def test_only_weights_decay_and_ternary_ones_have_a_group(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"), [(1.0, [0.1] * 6), (0.5, [0.1] * 3 + [0.0] * 3), (0.0, [0.0] * 6), (0.4, [0.1] * 3 + [0] * 3)]
+    ("share", "expected"),
+    [(1.0, [0.1] * 6), (0.5, [0.1] * 3 + [0.0] * 3), (0.0, [0.0] * 6), (0.4, [0.1] * 3 + [0] * 3)],
 )
 def test_decay_of_ternary_weights_ends_after_its_share(make_trainer, share, expected):
     trainer, watch = make_trainer(ternary_weight_decay=0.1, ternary_decay_share=share)

@@ -65,7 +65,10 @@ def test_loaded_packed_its_ternary_weights_stay_and_a_warning_says_so(packed, sf
         sft(model)
     finally:
         logger.removeHandler(caplog.handler)
-    assert "ternary weights stay as they are in training; to train them too, load it with `ctm_packed=False`" in caplog.text
+    assert (
+        "ternary weights stay as they are in training; to train them too, load it with `ctm_packed=False`"
+        in caplog.text
+    )
     after = model.state_dict()
     assert torch.equal(before[f"{TERNARY}packed_weight"], after[f"{TERNARY}packed_weight"])
     assert not torch.equal(before["model.ctm.synapse_norm.weight"], after["model.ctm.synapse_norm.weight"])
