@@ -11,6 +11,7 @@ from trl import SFTConfig, TrlParser
 
 from karla_hf.documents import read_text
 from karla_hf.modeling.configuration_karla import KarlaConfig
+from karla_hf.states import DTYPES
 
 
 MODEL_OPTIONS = tuple(
@@ -36,6 +37,13 @@ class KarlaArguments:
             `completion` on each line, anything else as one plain text each.
         held_out_share: share of the rows, above 0 and below 1, that is kept from training and measured at the end; the
             Python reference has a fixed split by topic instead.
+        cache_states: run the frozen backbone over the data once, and train from its stored states; pays from the second
+            epoch on.
+        cache_dir: folder for the states; None takes `states` in `output_dir`.
+        cache_dtype: "bfloat16", "float16" or "float32", of stored states.
+        ternary_weight_decay: weight decay of the ternary weights; None takes `weight_decay`.
+        ternary_decay_share: share of the training, from 0 to 1, after which that of ternary weights is 0.
+        save_packed: whether the result holds ternary weights with 2 bits each. Checkpoints always hold floats.
     """
 
     model_name_or_path: str = field(default="", metadata={"help": "A backbone or a Karla."})
@@ -47,6 +55,12 @@ class KarlaArguments:
     dataset_split: str = field(default="train", metadata={"help": "Its split on the Hub."})
     dataset_files: list[str] | None = field(default=None, metadata={"help": "Text or JSON Lines files."})
     held_out_share: float = field(default=0.1, metadata={"help": "Share of the rows that is measured at the end."})
+    cache_states: bool = field(default=False, metadata={"help": "Run the backbone over the data once."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for the backbone's states."})
+    cache_dtype: str = field(default="bfloat16", metadata={"help": "dtype of stored states."})
+    ternary_weight_decay: float | None = field(default=None, metadata={"help": "Decay of the ternary weights."})
+    ternary_decay_share: float = field(default=1.0, metadata={"help": "Share of the training in which they decay."})
+    save_packed: bool = field(default=True, metadata={"help": "Save the result's ternary weights in 2 bits each."})
 
     def __post_init__(self):
         if not self.model_name_or_path:
@@ -57,6 +71,10 @@ class KarlaArguments:
             raise ValueError(
                 f"`held_out_share` is {self.held_out_share}; give a share above 0 and below 1, such as 0.1."
             )
+        if self.cache_dtype not in DTYPES:
+            raise ValueError(f"`cache_dtype` is {self.cache_dtype!r}; give one of {', '.join(DTYPES)}.")
+        if not 0 <= self.ternary_decay_share <= 1:
+            raise ValueError(f"`ternary_decay_share` is {self.ternary_decay_share}; give a share from 0 to 1.")
 
 
 class Recipe(NamedTuple):

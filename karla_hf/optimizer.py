@@ -1,9 +1,12 @@
-"""AdamW that also trains the rows of a large table of which every batch touches a few."""
+"""AdamW that also trains the rows of a large table of which every batch touches a few, and the decay of ternary weights."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+
+from karla_hf.modeling.bitlinear_karla import BitLinear
 
 
 class RowsAdamW(torch.optim.AdamW):
@@ -58,3 +61,52 @@ class RowsAdamW(torch.optim.AdamW):
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
         size = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         parameter[rows] -= size * mean / (square.sqrt() + group["eps"])
+
+
+class TernaryDecay(TrainerCallback):
+    """Weight decay of the groups with `"ternary": True`: constant first, and 0 after a share of the training.
+
+    It depends on the number of the step alone, so a resumed run goes on as it would have.
+
+    Args:
+        decay: weight decay before the end of the share.
+        share: in [0, 1] of the training's steps.
+
+    Raises:
+        ValueError: if the share is not in [0, 1].
+    """
+
+    def __init__(self, decay: float, share: float = 1.0):
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"`ternary_decay_share` is {share}; give a share from 0 to 1, such as 0.5.")
+        self.decay, self.share = decay, share
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        """Set the decay for the step that begins."""
+        decay = self.decay if state.global_step < self.share * state.max_steps else 0.0
+        for group in optimizer.param_groups:
+            if group.get("ternary"):
+                group["weight_decay"] = decay
+
+
+def split_ternary(optimizer: torch.optim.Optimizer, model: torch.nn.Module, weight_decay: float) -> None:
+    """Put the masters of ternary weights into groups of their own, marked with `"ternary": True`.
+
+    Args:
+        optimizer: a fresh one, without state. Modified in place.
+        model: whose `BitLinear`s are meant.
+        weight_decay: of the new groups.
+
+    Example:
+        >>> model = torch.nn.Sequential(BitLinear(4, 4), torch.nn.Linear(4, 4))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+        >>> split_ternary(optimizer, model, 0.1)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+        [(2, 0.01), (1, 0.1)]
+    """
+    masters = {id(layer.weight) for layer in model.modules() if isinstance(layer, BitLinear) and not layer.is_packed}
+    for group in list(optimizer.param_groups):
+        ternary = [parameter for parameter in group["params"] if id(parameter) in masters]
+        if ternary:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in masters]
+            optimizer.add_param_group({**group, "params": ternary, "weight_decay": weight_decay, "ternary": True})

@@ -1,14 +1,19 @@
 """Supervised training of a Karla's head with TRL."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 from trl import SFTTrainer
 
+from karla_hf.cached_batches import STATE_ROW, StatesCollator
+from karla_hf.loss import score_labels_only
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
-from karla_hf.optimizer import RowsAdamW
+from karla_hf.optimizer import RowsAdamW, TernaryDecay, split_ternary
+from karla_hf.states import store_states
 
 
 ROWS_LR_FACTOR = 5
@@ -19,28 +24,97 @@ PROBE_CERTAINTY = 0.8
 class KarlaSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer`, which can also train with losses over several ticks and logs how the head thinks.
 
-    With `config.tick_loss == "last"` training is TRL's own. With `"mean"`, `"two_tick"` (Continuous Thought Machine,
-    https://arxiv.org/abs/2505.05522, section 2.5) or a `ponder_cost` the model computes its loss itself, since TRL
-    multiplies hidden states of one tick by the output layer. The losses of evaluation are always those of the answer.
+    With `config.tick_loss == "last"` the loss is TRL's own (`karla_hf.loss` computes it faster). With `"mean"`, `"two_tick"`
+    (Continuous Thought Machine, https://arxiv.org/abs/2505.05522, section 2.5) or a `ponder_cost` the model computes its
+    loss itself, since TRL multiplies hidden states of one tick by the output layer. The losses of evaluation are always
+    those of the answer.
 
     Where the model has trained rows (`config.engram_layer_ids`), they are trained with five times the learning rate, without
     weight decay, and only where a batch addresses them (Engram, https://arxiv.org/abs/2601.07372, appendix).
+
+    With `states_dir`, the frozen backbone runs over the data once: its states are stored there, and every step reads them
+    instead (`karla_hf.states`).
+
+    Of the ternary weights the decay may be set apart, and end before training does (as in BitNet b1.58,
+    https://arxiv.org/abs/2402.17764, whose recipe takes it away in the second half). Whatever is not called a weight
+    (biases, decays, start states, registers) never decays, nor do norms.
 
     Every log has `ticks` and `certainty`: means over the first rows of the held-out data (or, without any, of the
     training data), thought until certainty reaches `config.certainty_threshold`, or 0.8 if that is None.
 
     Args:
         args, kwargs: as of `SFTTrainer`.
+        states_dir: folder for the backbone's states; None runs the backbone in every step.
+        states_dtype: "bfloat16", "float16" or "float32", of stored states.
+        ternary_weight_decay: decay of ternary weights; None takes `args.weight_decay`.
+        ternary_decay_share: share of the training after which that of ternary weights is 0.
+
+    Raises:
+        ValueError: for data without padding, or for states of a backbone that trains or of streamed data.
+        OSError: if the disk has no room for the states.
     """
 
     model: KarlaForCausalLM
     train_dataset: Dataset
     eval_dataset: Dataset | None
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        states_dir: str | Path | None = None,
+        states_dtype: str = "bfloat16",
+        ternary_weight_decay: float | None = None,
+        ternary_decay_share: float = 1.0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        if self.padding_free:
+            raise ValueError(
+                "Rows without padding would let the head look from one text into another; use `packing_strategy: wrapped`, "
+                "or no packing, and no `padding_free`."
+            )
+        self.plain_collator = self.data_collator
+        decay = self.args.weight_decay if ternary_weight_decay is None else ternary_weight_decay
+        self.ternary_decay = TernaryDecay(decay, ternary_decay_share)
+        self.add_callback(self.ternary_decay)
+        score_labels_only(self.model)
+        self.probe = self._make_probe()
+        if states_dir is not None:
+            self._store_states(Path(states_dir), states_dtype)
+
+    def _make_probe(self) -> dict[str, torch.Tensor]:
         rows = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        self.probe = self.data_collator([rows[i] for i in range(min(PROBE_ROWS, len(rows)))])
+        batch = self.data_collator([rows[i] for i in range(min(PROBE_ROWS, len(rows)))])
+        batch = {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
+        if not self.model.backbone_trains:
+            batch["source_states"] = self.model.model.backbone_states(**batch)
+        return batch
+
+    def _store_states(self, folder: Path, dtype: str) -> None:
+        """Compute and store the states of the training data, and of held-out data if it is evaluated on the way."""
+        if not isinstance(self.train_dataset, Dataset):
+            raise ValueError("Cached states need a data set of known length; load it without streaming.")
+        accelerator = self.accelerator
+        options: dict[str, Any] = {
+            "dtype": dtype, "precision": accelerator.mixed_precision, "autocast": accelerator.autocast,
+            "rank": accelerator.process_index, "world": accelerator.num_processes, "wait": accelerator.wait_for_everyone,
+        }  # fmt: skip
+        pad = cast("PreTrainedTokenizerBase", self.processing_class).pad_token_id
+        train = store_states(self.model, self.train_dataset["input_ids"], folder / "train", **options)
+        self.train_dataset = self.train_dataset.add_column(STATE_ROW, list(range(len(train))))
+        parts = [train]
+        if isinstance(self.eval_dataset, Dataset) and self.args.eval_strategy != "no":
+            held_out = store_states(self.model, self.eval_dataset["input_ids"], folder / "eval", **options)
+            rows = list(range(len(train), len(train) + len(held_out)))
+            self.eval_dataset = self.eval_dataset.add_column(STATE_ROW, rows)
+            parts.append(held_out)
+        self.data_collator = StatesCollator(self.plain_collator, parts, 0 if pad is None else pad)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = cast("list[str]", self._signature_columns)
+        if STATE_ROW not in columns:
+            columns.append(STATE_ROW)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch, in nats per token; see the class for which one.
@@ -68,9 +142,21 @@ class KarlaSFTTrainer(SFTTrainer):
         Raises:
             ValueError: if the model has trained rows and `optim` is not AdamW.
         """
-        engram = self.model.model.layer_engram
-        if self.optimizer is not None or engram is None or not engram.rows.weight.requires_grad:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
+        engram = self.model.model.layer_engram
+        rows = engram is not None and engram.rows.weight.requires_grad
+        optimizer = self._rows_optimizer(engram) if rows else super().create_optimizer(model)
+        split_ternary(optimizer, self.model, self.ternary_decay.decay)
+        self.optimizer = optimizer
+        return optimizer
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Names of the parameters that decay: weights, but not those of norms."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if "weight" in name.rpartition(".")[2]]
+
+    def _rows_optimizer(self, engram) -> RowsAdamW:
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if kind is not torch.optim.AdamW:
             raise ValueError(
@@ -89,8 +175,7 @@ class KarlaSFTTrainer(SFTTrainer):
                 "sparse": True,
             },
         ]
-        self.optimizer = RowsAdamW(groups, **options)
-        return self.optimizer
+        return RowsAdamW(groups, **options)
 
     def _clip_grad_norm(self, model):
         """Clip the norm of all gradients together and return it from before.
@@ -114,18 +199,14 @@ class KarlaSFTTrainer(SFTTrainer):
     @torch.no_grad()
     def measure_thought(self) -> dict[str, float]:
         """Mean ticks and mean certainty (in [0, 1]) over the probe's tokens. The model is not modified."""
-        batch = {key: value.to(self.model.device) for key, value in self.probe.items()}
         threshold = self.model.config.certainty_threshold
         was_training = self.model.training
         self.model.eval()
         out = self.model.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            certainty_threshold=PROBE_CERTAINTY if threshold is None else threshold,
+            **self.probe, use_cache=False, certainty_threshold=PROBE_CERTAINTY if threshold is None else threshold
         )
         self.model.train(was_training)
-        real = batch["attention_mask"].bool()
+        real = self.probe["attention_mask"].bool()
         return {"ticks": out.ticks_used[real].float().mean().item(), "certainty": out.certainty[real].mean().item()}
 
 

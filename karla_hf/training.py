@@ -22,12 +22,16 @@ from trl import SFTConfig
 from karla_hf.arguments import KarlaArguments, Recipe, parse_recipe
 from karla_hf.corpora import load_corpus
 from karla_hf.modeling.backbone_karla import load_tokenizer, resolve_backbone
+from karla_hf.modeling.bitlinear_karla import BitLinear
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.pretrained_karla import finish_logits
+from karla_hf.modeling.ternary_karla import CODES_PER_BYTE
 from karla_hf.report import new_console, new_table, write_json
 from karla_hf.trainer import KarlaSFTTrainer
 
+
+logger = logging.get_logger(__name__)
 
 # What a trained head can be told anew; the other options give the shapes of its weights or of the memory.
 CHANGEABLE_OPTIONS = ("ctm_num_ticks", "certainty_threshold", "certainty_candidates", "tick_loss", "ponder_cost")
@@ -36,8 +40,8 @@ CHANGEABLE_OPTIONS = ("ctm_num_ticks", "certainty_threshold", "certainty_candida
 def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train what a recipe says, save it, and compare it with its bare backbone on the held-out rows.
 
-    Writes to `output_dir`: the Karla, its tokenizer, TRL's checkpoints (of the head alone), and `summary.json`. Prints
-    the comparison. Only the head is trained; the backbone and the memory are not modified.
+    Writes to `output_dir`: the Karla, packed unless `save_packed` is false, its tokenizer, TRL's checkpoints (of the head
+    alone, in floats), and `summary.json`. Prints the comparison. Only the head is trained; the backbone and the memory are not modified.
 
     Args:
         path: the recipe; see `parse_recipe`. `resume_from_checkpoint` is a checkpoint's folder, or true for the last
@@ -64,12 +68,20 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     )
     set_seed(training.seed)  # a fresh head is drawn here
     model, tokenizer = load_model(arguments, recipe.model_options)
+    if arguments.save_packed:
+        _check_packable(model)
     trainer = KarlaSFTTrainer(
         model=model,
         args=training,
         train_dataset=corpus.train,
         eval_dataset=corpus.held_out,
         processing_class=tokenizer,
+        states_dir=(arguments.cache_dir or Path(str(training.output_dir), "states"))
+        if arguments.cache_states
+        else None,
+        states_dtype=arguments.cache_dtype,
+        ternary_weight_decay=arguments.ternary_weight_decay,
+        ternary_decay_share=arguments.ternary_decay_share,
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
@@ -111,7 +123,23 @@ def load_model(arguments: KarlaArguments, options: dict[str, Any]) -> tuple[Karl
     except StrictDataclassError as error:
         reason = str(error.__cause__).removesuffix(".")
         raise ValueError(f"A model option of the recipe cannot be used: {reason}.") from error
+    if model.config.ctm_packed:
+        logger.warning(
+            f"{name} is packed, so training begins from its ternary weights and not from the floats behind them; a checkpoint "
+            "of its training has those."
+        )
     return model.pack(False), tokenizer
+
+
+def _check_packable(model: KarlaForCausalLM) -> None:
+    """Refuse a head that could not be packed before it is trained for it."""
+    sizes = [layer.out_features for layer in model.model.ctm.modules() if isinstance(layer, BitLinear)]
+    odd = [size for size in sizes if size % CODES_PER_BYTE]
+    if odd:
+        raise ValueError(
+            f"A layer of the head has {odd[0]} outputs, but packing puts {CODES_PER_BYTE} rows into a byte; give sizes that "
+            f"are multiples of {CODES_PER_BYTE}, or set `save_packed: false`."
+        )
 
 
 def _change_options(model: KarlaForCausalLM, arguments: KarlaArguments, options: dict[str, Any]) -> None:
@@ -162,11 +190,12 @@ def _finish(
 ) -> dict[str, Any]:
     """Save the model, measure it, and write and print the summary."""
     model, output = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
+    model.pack(recipe.arguments.save_packed)  # the outputs stay bit for bit what they are
     model.save_pretrained(output)  # not trainer.save_model, which would add a pickle of the arguments
     tokenizer.save_pretrained(output)
     rows = cast("Dataset", trainer.eval_dataset)
     backbone_loss, karla_loss, tokens = held_out_losses(
-        model, rows, trainer.data_collator, trainer.args.per_device_eval_batch_size
+        model, rows, trainer.plain_collator, trainer.args.per_device_eval_batch_size
     )
     summary = {
         "recipe": str(path),

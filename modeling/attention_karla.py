@@ -129,6 +129,7 @@ def cut_blocks(
         The blocks.
     """
     (batch, total), length = valid.shape, position_ids.shape[1]
+    window = min(window, total)  # no query sees more; short texts would drag empty keys along
     block = min(length, window)
     blocks = -(-length // block)
     reach = window - 1

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 from .backbone_karla import load_backbone, resolve_backbone
+from .bitlinear_karla import set_packed
 from .packs_karla import load_engram, save_engram
 from .sharded_karla import collect
 
@@ -32,7 +33,8 @@ class KarlaCheckpointMixin:
             pretrained_model_name_or_path: a folder or a Hub name.
             config: configuration to use instead of the saved one.
             backbone_kwargs: arguments for loading the backbone alone; they go before those in `kwargs`.
-            kwargs: as in transformers, fields of the configuration included. `dtype`, `device_map` and
+            kwargs: as in transformers, fields of the configuration included; `ctm_packed=False` makes the ternary weights
+                of a packed head trainable floats. `dtype`, `device_map` and
                 `attn_implementation` reach the backbone as well; `quantization_config` reaches the backbone only.
 
         Raises:
@@ -47,6 +49,8 @@ class KarlaCheckpointMixin:
         backbone = {key: kwargs[key] for key in _BACKBONE_ARGUMENTS if kwargs.get(key) is not None}
         backbone.update(backbone_kwargs or {})
         kwargs.pop("quantization_config", None)
+        packed, saved = config.ctm_packed, cls.config_class.get_config_dict(pretrained_model_name_or_path, **hub)[0]
+        config.ctm_packed = saved.get("ctm_packed", False)  # as the file is; converted below
         by_reference = not config.backbone_included
         options = {"init_backbone": False} if by_reference else {}
         try:
@@ -82,6 +86,9 @@ class KarlaCheckpointMixin:
         loaded = load_engram(find, config.text_config.hidden_size, config.text_config.vocab_size)
         if loaded is not None:
             model.set_engram(*loaded)
+        if packed != config.ctm_packed:
+            set_packed(model.karla_model.ctm, packed)
+            model.config.ctm_packed = packed
         return (model, info) if loading_info else model
 
     def load_named_backbone(self, **kwargs) -> None:

@@ -35,12 +35,13 @@ from .pretrained_karla import (
     logit_scale,
 )
 from .sentences_karla import sentence_boundaries
+from .states_karla import BackboneStatesMixin
 from .thinking_karla import Plan, Sources, think
 from .vocabulary_karla import compress_vocabulary
 from .words_karla import Lexicon
 
 
-class KarlaModel(KarlaPreTrainedModel):
+class KarlaModel(BackboneStatesMixin, KarlaPreTrainedModel):
     """Backbone, memory and head; returns fused hidden states.
 
     Args:
@@ -103,6 +104,7 @@ class KarlaModel(KarlaPreTrainedModel):
         certainty_threshold: float | None = None,
         all_ticks: bool = False,
         judge: TickJudge | None = None,
+        source_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> KarlaModelOutput:
         """Run the backbone, add what the memory knows, and think.
@@ -120,6 +122,8 @@ class KarlaModel(KarlaPreTrainedModel):
             certainty_threshold: in [0, 1], for this call; None takes the configuration's.
             all_ticks: return the changes after every tick and stop at none.
             judge: return the losses of all ticks by its labels, and stop at none.
+            source_states: [B, T, L, D] what `backbone_states` gave for these tokens; the backbone is not run then, and
+                `use_cache` must be false.
             kwargs: ignored.
 
         Raises:
@@ -143,18 +147,18 @@ class KarlaModel(KarlaPreTrainedModel):
             use_cache = getattr(self.config.text_config, "use_cache", True)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
-        with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone_trains),
-            self.trained_rows(input_ids, attention_mask, past_key_values, past),
-        ):
-            out = self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                output_hidden_states=output_hidden_states or self.config.ctm_source_layers,
-            )
+        if source_states is not None:
+            out = self._as_output(source_states)
+        else:
+            with self.trained_rows(input_ids, attention_mask, past_key_values, past):
+                out = self._run_backbone(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    output_hidden_states=output_hidden_states,
+                )
         length = input_ids.shape[1]
         keep = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
         plan = self._plan(max_ticks, certainty_threshold, all_ticks, judge)
@@ -343,6 +347,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, KarlaGenerationMi
         max_ticks: int | None = None,
         certainty_threshold: float | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        source_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> KarlaCausalLMOutput:
         """Logits of the next token, and the loss where labels are given.
@@ -368,6 +373,7 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, KarlaGenerationMi
             max_ticks=max_ticks,
             certainty_threshold=certainty_threshold,
             judge=judge,
+            source_states=source_states,
         )
         keep = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = loss = None

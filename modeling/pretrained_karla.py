@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from .attention_karla import SourceMemory
 from .backbone_karla import split_backbone
@@ -20,6 +21,9 @@ from .ctm_karla import NeuronModels, Synchronisation
 from .engram_karla import Engram
 from .head_karla import KarlaHead
 from .layer_engram_karla import HashedRows, RowGate
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -113,6 +117,11 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
 
     def train(self, mode: bool = True):
         """Set the mode of the head; the backbone and its output layer stay in eval mode."""
+        if mode and self.config.ctm_packed:
+            logger.warning_once(
+                "The head is packed, so its ternary weights stay as they are in training; to train them too, load it with "
+                "`ctm_packed=False` or call `model.pack(False)` before the optimizer is made."
+            )
         super().train(mode)
         if self.karla_model.backbone is not None:
             self.karla_model.backbone.eval()

@@ -159,7 +159,10 @@ def test_checkpoints_and_results_hold_the_head_alone(recipe, tmp_path):
     run_recipe(recipe())
     out = tmp_path / "out"
     for folder in (out, out / "checkpoint-3", out / "checkpoint-6"):
-        assert all(name.startswith("model.ctm.") for name in load_file(folder / "model.safetensors"))
+        state = load_file(folder / "model.safetensors")
+        assert all(name.startswith("model.ctm.") for name in state)
+        assert ("model.ctm.up.weight" in state) == (folder is not out)  # resuming needs the floats
+        assert ("model.ctm.up.packed_weight" in state) == (folder is out)
     assert not list(out.glob("*.bin"))
     assert not list(out.glob(".*"))
     history = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
@@ -242,7 +245,8 @@ def test_padding_does_not_count(backbone):
 
 
 def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path):
-    changes = {"max_steps": 10, "save_steps": 4, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
+    changes = {"max_steps": 10, "save_steps": 4, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine",
+               "save_packed": False}  # fmt: skip
     path = recipe(**changes, output_dir=str(tmp_path / "whole"))
     run_recipe(path)
     shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
@@ -258,16 +262,14 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path):
 
 
 def test_karla_is_trained_further(recipe, tmp_path):
-    path = recipe(max_steps=3)
-    run_recipe(path)
-    KarlaForCausalLM.from_pretrained(tmp_path / "out").pack().save_pretrained(tmp_path / "packed")
-    load_tokenizer(str(tmp_path / "out")).save_pretrained(tmp_path / "packed")
+    run_recipe(recipe(max_steps=3, save_packed=False))
+    run_recipe(recipe(max_steps=3, output_dir=str(tmp_path / "packed")))
     for first in ("out", "packed"):
         values = {**dict.fromkeys(HEAD), "ctm_num_ticks": 2, "tick_loss": "two_tick", "max_steps": 30}
         again = recipe(**values, model_name_or_path=str(tmp_path / first), output_dir=str(tmp_path / "more"))
         summary = run_recipe(again)
         config = KarlaForCausalLM.from_pretrained(tmp_path / "more").config
-        assert (config.tick_loss, config.ctm_num_ticks, config.ctm_packed) == ("two_tick", 2, False)
+        assert (config.tick_loss, config.ctm_num_ticks, config.ctm_packed) == ("two_tick", 2, True)
         assert summary["karla_loss"] < 0.9 * summary["backbone_loss"]
 
 
@@ -335,9 +337,13 @@ RUN = "import sys, torch; torch.set_num_threads(1); from karla_hf.training impor
 
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(recipe, tmp_path):
-    path = recipe(max_steps=300, save_steps=20, save_total_limit=2, output_dir=str(tmp_path / "whole"))
+    path = recipe(
+        max_steps=300, save_steps=20, save_total_limit=2, save_packed=False, output_dir=str(tmp_path / "whole")
+    )
     run_recipe(path)
-    path = recipe(max_steps=300, save_steps=20, save_total_limit=2, output_dir=str(tmp_path / "killed"))
+    path = recipe(
+        max_steps=300, save_steps=20, save_total_limit=2, save_packed=False, output_dir=str(tmp_path / "killed")
+    )
     process = subprocess.Popen([sys.executable, "-c", RUN, str(path)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):

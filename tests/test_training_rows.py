@@ -100,10 +100,11 @@ def test_rows_take_five_times_the_rate_and_no_decay(make_trainer):
     rows, rates = trainer.model.model.layer_engram.rows.weight, []
     trainer.create_optimizer_and_scheduler(num_training_steps=4)
     assert type(trainer.optimizer) is RowsAdamW
-    *dense, own = trainer.optimizer.param_groups
+    *dense, own, ternary = trainer.optimizer.param_groups
     assert own["params"] == [rows]
     assert (own["weight_decay"], own["sparse"]) == (0.0, True)
-    assert [group["weight_decay"] for group in dense] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in (*dense, ternary)] == [0.1, 0.0, 0.1]
+    assert ternary["ternary"]
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == sum(
         parameter.requires_grad for parameter in trainer.model.parameters()
     )
@@ -111,7 +112,7 @@ def test_rows_take_five_times_the_rate_and_no_decay(make_trainer):
         rates.append([group["lr"] for group in trainer.optimizer.param_groups])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
-    assert rates == [pytest.approx([r, r, 5 * r]) for r in (1e-2, 7.5e-3, 5e-3)]
+    assert rates == [pytest.approx([r, r, 5 * r, r]) for r in (1e-2, 7.5e-3, 5e-3)]
 
 
 def test_model_without_rows_or_with_frozen_rows_keeps_the_optimiser_of_the_trainer(make_trainer):
@@ -159,7 +160,13 @@ def test_training_learns_through_the_rows_alone(make_trainer):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path, accumulation):
-    changes = {"max_steps": 6, "save_steps": 3, "lr_scheduler_type": "cosine", "max_grad_norm": 0.5}
+    changes = {
+        "max_steps": 6,
+        "save_steps": 3,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0.5,
+        "save_packed": False,
+    }
     path = recipe(**changes, gradient_accumulation_steps=accumulation, output_dir=str(tmp_path / "whole"))
     run_recipe(path)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
