@@ -219,7 +219,11 @@ class BitLinear(nn.Module):
             fast = None
             if packed is not None or (source.is_cpu and source.shape[0] % CODES_PER_BYTE == 0):
                 packed = pack_ternary(source) if packed is None else packed
-                fast = FastBitLinear(packed, scale, self.eps if self.norm else None) if FastBitLinear.can_run(packed, scale) else None
+                fast = (
+                    FastBitLinear(packed, scale, self.eps if self.norm else None)
+                    if FastBitLinear.can_run(packed, scale)
+                    else None
+                )
             self._fast = kept = source, (source.data_ptr(), scale.data_ptr()), fast
         return kept[2]
 

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from .fast_bitlinear_karla import MAX_FEATURES
+from .native_karla import c_function
 from .ternary_karla import MIN_SCALE, int_matmul, quantize_activation, unpack_ternary, widen
 
 
@@ -32,15 +34,28 @@ def ternary_linear(
         tensor([[2.]])
     """
     rows = widen(x.reshape(-1, x.shape[-1]))
-    h_q, s_x = quantize_activation(rows, MIN_SCALE if eps is None else MIN_SCALE * math.sqrt(eps))
-    inverse_rms = None
-    if eps is None:
-        inverse_s_x = s_x.reciprocal()
-    else:
-        inverse_rms = _inverse_rms(rows, eps)
-        inverse_s_x = inverse_rms / s_x
+    h_q, inverse_s_x, inverse_rms = _quantize_rows(rows, eps)
     y = int_matmul(h_q, w_q).to(rows.dtype).mul_(inverse_s_x * scale)
     return y.to(x.dtype).view(*x.shape[:-1], w_q.shape[0]), h_q, inverse_s_x, inverse_rms
+
+
+def _quantize_rows(rows: torch.Tensor, eps: float | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """h_q [M, K] int8, 1 / s_x [M, 1] and 1 / sqrt(mean(x^2) + eps) [M, 1] or None, of rows [M, K]."""
+    floor = MIN_SCALE if eps is None else MIN_SCALE * math.sqrt(eps)
+    if not torch.compiler.is_compiling() and rows.is_cpu and rows.dtype == torch.float32 and rows.numel():
+        kernel = c_function("karla_quantise_rows", "pddiippp")
+        if kernel is not None and rows.shape[1] <= MAX_FEATURES:
+            rows = rows.detach().contiguous()
+            h_q = torch.empty_like(rows, dtype=torch.int8)
+            inverse_s_x, inverse_rms = rows.new_empty(2, len(rows), 1)
+            places = (tensor.data_ptr() for tensor in (h_q, inverse_s_x, inverse_rms))
+            kernel(rows.data_ptr(), -1.0 if eps is None else eps, floor, *rows.shape, *places)
+            return h_q, inverse_s_x, None if eps is None else inverse_rms
+    h_q, s_x = quantize_activation(rows, floor)
+    if eps is None:
+        return h_q, s_x.reciprocal(), None
+    inverse_rms = _inverse_rms(rows, eps)
+    return h_q, inverse_rms / s_x, inverse_rms
 
 
 def _inverse_rms(rows: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 import karla_hf
 from karla_hf import kernel
-from karla_hf.modeling import fast_bitlinear_karla
+from karla_hf.modeling import fast_bitlinear_karla, straight_through_karla
 from karla_hf.modeling.bitlinear_karla import BitLinear, set_packed
 from karla_hf.modeling.fast_bitlinear_karla import FastBitLinear
 from karla_hf.modeling.native_karla import c_function
@@ -47,9 +47,14 @@ def test_kernel_equals_torch(level, rows, width, out, dtype, norm, monkeypatch):
     layer = BitLinear(width, out, norm=norm).eval()
     x = (torch.randn(rows, width) * torch.logspace(-3, 3, rows)[:, None]).to(dtype)
     with torch.no_grad():
-        ours = layer(x)
+        ours, pair, eps = layer(x), layer.quantized_weight(), layer.eps if norm else None
         assert layer._fast[2] is not None
-        assert torch.equal(ours, ternary_linear(x, *layer.quantized_weight(), layer.eps if norm else None)[0])
+        kept = ternary_linear(x, *pair, eps)  # as training does it: its own product, the kernel's rows
+        monkeypatch.setattr(straight_through_karla, "c_function", lambda *arguments: None)
+        alone = ternary_linear(x, *pair, eps)
+        assert torch.equal(ours, alone[0])
+        assert all(torch.equal(a, b) for a, b in zip(kept[:3], alone[:3], strict=True))
+        assert torch.equal(kept[3], alone[3]) if norm else kept[3] is alone[3] is None
         expected = naive_bitlinear(x.double(), layer.weight.double(), norm=norm)
         tolerance = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=1e-2 * float(expected.abs().max()))
@@ -115,7 +120,12 @@ def test_the_kernel_sees_weights_that_change():
 
 def packed_arguments(norm=True, dtype=torch.float32, **options):
     layer = BitLinear(64, 8, norm=norm).to_packed()
-    return torch.randn(2, 3, 64, dtype=dtype, **options), layer.packed_weight, layer.weight_scale, 1e-5 if norm else None
+    return (
+        torch.randn(2, 3, 64, dtype=dtype, **options),
+        layer.packed_weight,
+        layer.weight_scale,
+        1e-5 if norm else None,
+    )
 
 
 @pytest.mark.parametrize("norm", [True, False])

@@ -83,3 +83,16 @@ void karla_bitlinear(const karla_layer *layer, const void *x, int64_t elements, 
         kernels.multiply(layer->packed, q, row, count, in, out, (char *)y + begin * out * (bf16 ? 2 : 4), bf16);
     }
 }
+
+/* x [rows, in] to q [rows, in], and for every row 1 / s_x and the RMSNorm's factor: what a training step keeps. */
+void karla_quantise_rows(const float *x, double eps, double floor, int64_t rows, int64_t in, int8_t *q, float *inverse,
+                         float *norm) {
+    const karla_kernels kernels = karla_now();
+    int8_t scratch[KARLA_SCRATCH];
+    for (int64_t m = 0; m < rows; m++) {
+        int8_t *to = in % KARLA_LINE ? scratch : q + m * in;
+        const karla_row row = kernels.quantise(x + m * in, in, eps, (float)floor, 1.0f, to);
+        if (to == scratch) memcpy(q + m * in, scratch, (size_t)in);
+        inverse[m] = row.factor, norm[m] = row.norm;
+    }
+}

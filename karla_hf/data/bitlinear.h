@@ -11,9 +11,10 @@
 enum { KARLA_PORTABLE = 0, KARLA_AVX2 = 1, KARLA_AVX512 = 2 };
 enum { KARLA_QUARTERS = 4, KARLA_LINE = 64, KARLA_MAX_IN = 16384, KARLA_SCRATCH = 65536, KARLA_MAX_ROWS = 64 };
 
-/* Of a quantised row: what takes its product with codes to that of the original, and the sum of its values. */
+/* Of a quantised row: what takes its product with codes to that of the original, the RMSNorm's factor, and the sum of
+ * its values. */
 typedef struct {
-    float factor;
+    float factor, norm;
     int32_t sum;
 } karla_row;
 
@@ -59,14 +60,14 @@ KARLA_INLINE void karla_put(void *y, int64_t at, float value, int64_t bf16) {
 KARLA_INLINE int64_t karla_stride(int64_t in) { return (in + KARLA_LINE - 1) / KARLA_LINE * KARLA_LINE; }
 
 typedef struct {
-    float up, factor;
+    float up, factor, norm;
 } karla_scale;
 
 /* From the sum of squares and the largest magnitude of a row. */
 KARLA_INLINE karla_scale karla_scales(double square, float top, int64_t in, double eps, float floor, float scale) {
     const float up = 127.0f * (1.0f / (top > floor ? top : floor)); /* as torch takes 127 / top */
     const float norm = eps >= 0.0 ? (float)(1.0 / sqrt(square * (1.0 / (double)in) + eps)) : 1.0f;
-    return (karla_scale){up, square != square ? NAN : norm / up * scale}; /* a NaN in x reaches every output */
+    return (karla_scale){up, square != square ? NAN : norm / up * scale, norm}; /* a NaN in x reaches every output */
 }
 
 /* The body of a quantiser; each compiles it for its own instructions. */
@@ -88,6 +89,6 @@ KARLA_INLINE karla_row karla_quantise(const float *x, int64_t in, double eps, fl
         sum += code;
     }
     for (int64_t k = in; k % KARLA_LINE; k++) q[k] = 0;
-    return (karla_row){s.factor, sum};
+    return (karla_row){s.factor, s.norm, sum};
 }
 #endif

@@ -48,7 +48,7 @@ AVX512 karla_row karla_quantise_avx512(const float *x, int64_t in, double eps, f
         sum = _mm512_add_epi32(sum, code);
     }
     for (int64_t k = (in + 15) / 16 * 16; k % KARLA_LINE; k += 16) _mm_storeu_si128((void *)(q + k), _mm_setzero_si128());
-    return (karla_row){s.factor, _mm512_reduce_add_epi32(sum)};
+    return (karla_row){s.factor, s.norm, _mm512_reduce_add_epi32(sum)};
 }
 
 /* ---- AVX2: two rows of x at a time ---- */
