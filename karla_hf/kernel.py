@@ -31,7 +31,7 @@ FLAGS = ("-O3", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-shar
 # A library's sources, and its own flags. The ternary linears choose their instructions at run time, and no product may
 # be fused with a sum: the torch path rounds both.
 LIBRARIES = {
-    "bitlinear": (("bitlinear.c", "bitlinear_x86.c"), ("-ffp-contract=off",)),
+    "bitlinear": (("bitlinear.c", "bitlinear_x86.c", "ticks.c"), ("-ffp-contract=off",)),
     "engram": (("engram.c",), ("-march=native",)),
 }
 SCHEMA = "bitlinear(Tensor x, Tensor packed, Tensor scale, float? eps) -> Tensor"
@@ -127,7 +127,8 @@ def _keep_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_y):
-    return packed_input_gradient(grad_y, *ctx.saved_tensors, ctx.eps), None, None, None
+    x, packed, scale = ctx.saved_tensors
+    return packed_input_gradient(grad_y, x, packed, scale, ctx.eps), None, None, None
 
 
 def _fingerprint(sources: dict[str, bytes], command: list[str]) -> str:

@@ -200,30 +200,33 @@ class BitLinear(nn.Module):
         if torch.compiler.is_compiling():
             if weight is None and (op := compiled_op()) is not None:
                 return op(x, self.packed_weight, self.weight_scale, eps)
-        elif not learns and x.dtype in DTYPES and x.is_cpu and (fast := self._fast_call(quantized)) is not None:
-            if x.numel() <= fast.max_elements:
+        elif not learns and x.dtype in DTYPES and x.is_cpu:
+            fast = self.compiled(quantized)
+            if fast is not None and x.numel() <= fast.max_elements:
                 return fast(x)
         w_q, scale = self.quantized_weight() if quantized is None else quantized
         if learns:
             return StraightThrough.apply(x, weight, w_q, scale, eps)
         return ternary_linear(x, w_q, scale, eps)[0]
 
-    def _fast_call(self, quantized: tuple[torch.Tensor, torch.Tensor] | None) -> FastBitLinear | None:
-        """The compiled kernel with this layer's weights; None where it cannot run."""
+    def compiled(self, quantized: tuple[torch.Tensor, torch.Tensor] | None = None) -> FastBitLinear | None:
+        """The compiled kernel with this layer's weights, for calls without gradients; None where it cannot run.
+
+        Args:
+            quantized: this layer's current :meth:`quantized_weight`; computed here if the layer is not packed and it is
+                None.
+        """
         packed, kept = self._buffers["packed_weight"], self._fast
         if packed is not None:
-            source, scale = packed, self._buffers["weight_scale"]
+            source, scale = packed, self.weight_scale
         else:
             source, scale = self.quantized_weight() if quantized is None else quantized
         if kept is None or kept[0] is not source or kept[1] != (source.data_ptr(), scale.data_ptr()):
             fast = None
-            if packed is not None or (source.is_cpu and source.shape[0] % CODES_PER_BYTE == 0):
-                packed = pack_ternary(source) if packed is None else packed
-                fast = (
-                    FastBitLinear(packed, scale, self.eps if self.norm else None)
-                    if FastBitLinear.can_run(packed, scale)
-                    else None
-                )
+            if packed is None and source.is_cpu and source.shape[0] % CODES_PER_BYTE == 0:
+                packed = pack_ternary(source)
+            if packed is not None and FastBitLinear.can_run(packed, scale):
+                fast = FastBitLinear(packed, scale, self.eps if self.norm else None)
             self._fast = kept = source, (source.data_ptr(), scale.data_ptr()), fast
         return kept[2]
 

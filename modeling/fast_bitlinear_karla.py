@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -43,6 +44,7 @@ class FastBitLinear:
         [[6.0, 6.0, 6.0, 6.0]]
     """
 
+    function: Callable[..., None]
     __slots__ = ("address", "function", "key", "layer", "max_elements", "out_features", "packed", "scale")
 
     @staticmethod
@@ -63,8 +65,11 @@ class FastBitLinear:
         self.key = packed.data_ptr(), scale.data_ptr()
         self.layer = _Layer(*self.key, -1.0 if eps is None else eps, floor, width, self.out_features)
         self.address = ctypes.addressof(self.layer)
-        self.function = c_function("karla_bitlinear", "ppiip")
-        self.max_elements = MAX_ROWS[c_function("karla_level", "", "i")()] * width
+        function, level = c_function("karla_bitlinear", "ppiip"), c_function("karla_level", "", "i")
+        assert function is not None, "ask can_run first"
+        assert level is not None
+        self.function = function
+        self.max_elements = MAX_ROWS[level()] * width
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] in the dtype of x [..., K], float32 or bfloat16 on the CPU."""

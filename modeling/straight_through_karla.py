@@ -102,6 +102,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, w_q, scale, eps):
+        """y of :func:`ternary_linear`; `weight` is the master that w_q and scale were made of, or None."""
         y, h_q, inverse_s_x, inverse_rms = ternary_linear(x, w_q, scale, eps)
         kept_x = x if ctx.needs_input_grad[0] and eps is not None else None
         kept_h_q = h_q if ctx.needs_input_grad[1] else None
@@ -112,6 +113,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
+        """Gradients of x and weight."""
         x, h_q, inverse_s_x, inverse_rms, w_q, scale = ctx.saved_tensors
         grad_rows = grad_y.reshape(-1, w_q.shape[0])
         grad_x = grad_weight = None

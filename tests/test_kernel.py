@@ -39,8 +39,7 @@ def level(request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("rows", "width", "out"),
-    [(1, 1, 4), (1, 63, 8), (2, 64, 12), (3, 65, 4), (4, 66, 60), (5, 191, 64), (8, 577, 68), (67, 130, 132)]
-    + [(3, 2100, 20), (70, 2049, 72)],
+    [(1, 1, 4), (1, 63, 8), (2, 64, 12), (3, 65, 4), (4, 66, 60), (5, 191, 64), (67, 130, 132), (3, 2100, 20)],
 )
 def test_kernel_equals_torch(level, rows, width, out, dtype, norm, monkeypatch):
     monkeypatch.setattr(fast_bitlinear_karla, "MAX_ROWS", (100, 100, 100))
@@ -93,7 +92,7 @@ def test_many_threads_may_call_at_once(threads):
     try:
         with torch.no_grad():
             assert torch.equal(layer(x), expected)
-            fast = layer._fast_call(None)
+            fast = layer.compiled()
             with concurrent.futures.ThreadPoolExecutor(threads) as pool:
                 for begin, part in pool.map(lambda i: (i % 37, fast(x[i % 37 : i % 37 + 3])), range(200)):
                     assert torch.equal(part, expected[begin : begin + 3])

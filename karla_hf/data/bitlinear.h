@@ -42,6 +42,8 @@ typedef struct {
 } karla_kernels;
 
 karla_kernels karla_now(void);
+int64_t karla_level(void);
+void karla_bitlinear(const karla_layer *layer, const void *x, int64_t elements, int64_t bf16, void *y);
 karla_widener karla_widen, karla_widen_avx512;
 karla_quantiser karla_quantise_avx2, karla_quantise_avx512;
 karla_multiplier karla_multiply_avx2, karla_multiply_avx512;
