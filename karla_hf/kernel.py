@@ -31,9 +31,10 @@ FLAGS = ("-O3", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-shar
 # A library's sources, and its own flags. The ternary linears choose their instructions at run time, and no product may
 # be fused with a sum: the torch path rounds both.
 LIBRARIES = {
-    "bitlinear": (("bitlinear.c", "bitlinear_x86.c", "ticks.c"), ("-ffp-contract=off",)),
+    "bitlinear": (("bitlinear.c", "bitlinear_x86.c", "ticks.c", "neurons.c"), ("-ffp-contract=off",)),
     "engram": (("engram.c",), ("-march=native",)),
 }
+HEADERS = ("bitlinear.h", "ticks.h")
 SCHEMA = "bitlinear(Tensor x, Tensor packed, Tensor scale, float? eps) -> Tensor"
 _library = torch.library.Library("karla_hf", "DEF")
 _loaded: list[ctypes.CDLL] = []
@@ -57,7 +58,7 @@ def build(name: str, folder: Path | None = None) -> Path:
         raise RuntimeError("no C compiler found; set CC to use one")
     names, flags = LIBRARIES[name]
     data = files("karla_hf") / "data"
-    sources = {source: (data / source).read_bytes() for source in (*names, "bitlinear.h")}
+    sources = {source: (data / source).read_bytes() for source in (*names, *HEADERS)}
     folder = folder or backbone_cache_dir().parent / "kernels"
     command = [compiler, *FLAGS, *flags]
     target = folder / f"{name}-{_fingerprint(sources, command)}.so"
