@@ -1,7 +1,8 @@
-"""Small C kernels for the ternary linears of decoding and for the memory, built once with the local compiler.
+"""Small C kernels for the ternary linears and for the memory, built once with the local compiler.
 
-They are registered as `torch.ops.karla_hf.bitlinear` and, since a lookup costs less than the call of an operator, as
-`torch.ops.karla_hf.address`, which tells where a C function lies; the modeling files look for them there. Without a
+`torch.ops.karla_hf.bitlinear` is the ternary linear as an operator, for graphs: with a gradient for its input, and in
+torch operations where there is no kernel. A call of an operator costs more than a small kernel, so there is also
+`torch.ops.karla_hf.address`, which tells where a C function lies; the modeling files look for both there. Without a
 compiler, or off the CPU, they use torch and numpy alone, with the same results.
 """
 
@@ -21,93 +22,121 @@ from pathlib import Path
 import torch
 
 from karla_hf.backbones import backbone_cache_dir
+from karla_hf.modeling.fast_bitlinear_karla import DTYPES, FastBitLinear
+from karla_hf.modeling.straight_through_karla import packed_input_gradient, packed_linear
 
 
 logger = logging.getLogger(__name__)
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-shared", "-fPIC")
+# A library's sources, and its own flags. The ternary linears choose their instructions at run time, and no product may
+# be fused with a sum: the torch path rounds both.
+LIBRARIES = {
+    "bitlinear": (("bitlinear.c", "bitlinear_x86.c", "ticks.c", "neurons.c"), ("-ffp-contract=off",)),
+    "engram": (("engram.c",), ("-march=native",)),
+}
+HEADERS = ("bitlinear.h", "ticks.h")
+SCHEMA = "bitlinear(Tensor x, Tensor packed, Tensor scale, float? eps) -> Tensor"
 _library = torch.library.Library("karla_hf", "DEF")
+_loaded: list[ctypes.CDLL] = []
 
 
-def build(name: str, folder: Path | None = None) -> Path | None:
-    """Compile a kernel if it is not there yet.
+def build(name: str, folder: Path | None = None) -> Path:
+    """Compile a library if it is not there yet.
 
     Args:
         name: "bitlinear" or "engram".
         folder: where built kernels are kept; None takes karla-hf's cache.
 
     Returns:
-        The shared library, or None where there is no C compiler or it fails; the reason is logged.
+        The shared library.
+
+    Raises:
+        RuntimeError: where there is no C compiler or it fails.
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        logger.info("No C compiler found, so %s runs in torch alone; set CC to use one.", name)
-        return None
-    source = files("karla_hf") / "data" / f"{name}.c"
+        raise RuntimeError("no C compiler found; set CC to use one")
+    names, flags = LIBRARIES[name]
+    data = files("karla_hf") / "data"
+    sources = {source: (data / source).read_bytes() for source in (*names, *HEADERS)}
     folder = folder or backbone_cache_dir().parent / "kernels"
-    target = folder / f"{name}-{_fingerprint(source.read_bytes(), compiler)}.so"
+    command = [compiler, *FLAGS, *flags]
+    target = folder / f"{name}-{_fingerprint(sources, command)}.so"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as staging:
-        path, built = Path(staging) / f"{name}.c", Path(staging) / f"{name}.so"
-        path.write_bytes(source.read_bytes())
-        done = subprocess.run(
-            [compiler, *FLAGS, str(path), "-o", str(built), "-lm"], capture_output=True, text=True, check=False
-        )
+        built = Path(staging) / target.name
+        for source, content in sources.items():
+            (Path(staging) / source).write_bytes(content)
+        command += [*(str(Path(staging) / source) for source in names), "-o", str(built), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            logger.info("%s cannot build the kernel %s, so torch runs alone: %s", compiler, name, done.stderr)
-            return None
+            raise RuntimeError(f"{compiler} cannot build {name}: {done.stderr}")
         os.replace(built, target)
     return target
 
 
 def register() -> None:
-    """Build the kernels and register those that can be built."""
-    _register_bitlinear(build("bitlinear"))
-    _register_engram(build("engram"))
+    """Build and load the kernels, register the operators, and log one line if torch has to run alone."""
+    failures = []
+    for name in LIBRARIES:
+        try:
+            _loaded.append(ctypes.CDLL(str(build(name))))
+        except (RuntimeError, OSError) as error:
+            failures.append(str(error))
+    if failures:
+        logger.info("Some C kernels are missing, so torch does their work: %s", "; ".join(dict.fromkeys(failures)))
+    _define()
 
 
-def _register_engram(path: Path | None) -> None:
-    if path is None:
-        return
-    library = ctypes.CDLL(str(path))
-
-    def address(name: str) -> int:
-        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-
+def _define() -> None:
     _library.define("address(str name) -> int")
     _library.impl("address", address, "CompositeExplicitAutograd")
+    _library.define(SCHEMA)
+    _library.impl("bitlinear", packed_linear, "CompositeExplicitAutograd")
+    _library.impl("bitlinear", _bitlinear_on_cpu, "CPU")
+    torch.library.register_fake("karla_hf::bitlinear", _fake_bitlinear, lib=_library)
+    torch.library.register_autograd("karla_hf::bitlinear", _backward, setup_context=_keep_for_backward, lib=_library)
 
 
-def _register_bitlinear(path: Path | None) -> None:
-    if path is None:
-        return
-    function = ctypes.CDLL(str(path)).karla_bitlinear
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    real, small = ctypes.c_double, ctypes.c_float
-    function.argtypes = [pointer, pointer, pointer, real, small, size, size, size, pointer]
-    function.restype = None
-
-    def bitlinear(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, eps: float, floor: float) -> torch.Tensor:
-        x = x.contiguous()
-        width, out_features = x.shape[-1], codes.shape[0]
-        y = x.new_empty(*x.shape[:-1], out_features)
-        rows = x.numel() // width
-        function(x.data_ptr(), codes.data_ptr(), scale.data_ptr(), eps, floor, rows, width, out_features, y.data_ptr())
-        return y
-
-    _library.define("bitlinear(Tensor x, Tensor codes, Tensor scale, float eps, float floor) -> Tensor")
-    _library.impl("bitlinear", bitlinear, "CPU")
-    torch.library.register_fake(
-        "karla_hf::bitlinear", lambda x, codes, scale, eps, floor: x.new_empty(*x.shape[:-1], codes.shape[0])
-    )
+def address(name: str) -> int:
+    """Where a C function lies; 0 if no kernel has it."""
+    for library in _loaded:
+        if hasattr(library, name):
+            return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+    return 0
 
 
-def _fingerprint(source: bytes, compiler: str) -> str:
-    """Names a build: source, flags, compiler and processor."""
+def _bitlinear_on_cpu(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, eps: float | None = None
+) -> torch.Tensor:
+    if x.dtype in DTYPES and FastBitLinear.can_run(packed, scale):
+        fast = FastBitLinear(packed, scale, eps)
+        if x.numel() <= fast.max_elements:
+            return fast(x)
+    return packed_linear(x, packed, scale, eps)
+
+
+def _fake_bitlinear(x, packed, scale, eps):
+    return x.new_empty((*x.shape[:-1], 4 * packed.shape[0]))
+
+
+def _keep_for_backward(ctx, inputs, output):
+    x, packed, scale, ctx.eps = inputs
+    ctx.save_for_backward(x, packed, scale)
+
+
+def _backward(ctx, grad_y):
+    x, packed, scale = ctx.saved_tensors
+    return packed_input_gradient(grad_y, x, packed, scale, ctx.eps), None, None, None
+
+
+def _fingerprint(sources: dict[str, bytes], command: list[str]) -> str:
+    """Names a build: sources, command and processor."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
-    parts = (source, " ".join(FLAGS).encode(), compiler.encode(), platform.machine().encode(), cpu.encode())
+    parts = (*sources.values(), " ".join(command).encode(), platform.machine().encode(), cpu.encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -20,87 +20,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fast_bitlinear_karla import DTYPES, FastBitLinear
+from .straight_through_karla import StraightThrough, ternary_linear
 from .ternary_karla import (
     CODES_PER_BYTE,
     FOUR_ZEROS,
-    MIN_SCALE,
     check_packable,
-    int_matmul,
     pack_ternary,
-    quantize_activation,
     quantize_weight,
     unpack_ternary,
-    widen,
 )
 
 
-DECODE_ROWS = 8  # up to here a call costs more than its arithmetic
-DECODE_MAX_FEATURES = 65536  # the kernel's scratch is on the stack
-
-
-def decode_kernel() -> Callable[..., torch.Tensor] | None:
-    """The compiled kernel that the `karla_hf` package registers, if it did; see there."""
+def compiled_op() -> Callable[..., torch.Tensor] | None:
+    """`karla_hf::bitlinear`, which the `karla_hf` package registers: for graphs, where the C kernel is no operation."""
     namespace = torch.ops.karla_hf
     return namespace.bitlinear.default if hasattr(namespace, "bitlinear") else None
-
-
-def _ternary_linear(
-    x: torch.Tensor, w_q: torch.Tensor, scale: torch.Tensor, eps: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [..., N], h_q [M, K], 1 / s_x [M, 1] and 1 / sqrt(mean(x^2) + eps) [M, 1]; eps None means no norm.
-
-    Dividing a row by its root mean square changes s_x but not h_q, so x is quantised as it is and the norm costs one
-    factor per row. Clamping max|h| at 1e-5 is clamping max|x| at 1e-5 sqrt(eps): it binds only where mean(x^2) is below
-    1e-10 eps, where the root mean square is sqrt(eps) up to a relative 5e-11.
-    """
-    rows = widen(x.reshape(-1, x.shape[-1]))
-    h_q, s_x = quantize_activation(rows, MIN_SCALE if eps is None else MIN_SCALE * math.sqrt(eps))
-    inverse_rms = None
-    if eps is None:
-        inverse_s_x = s_x.reciprocal()
-    else:
-        # In double, so that the order of summation does not show and the compiled kernel gives the same floats.
-        length = torch.linalg.vector_norm(rows, 2, -1, keepdim=True, dtype=torch.float64)
-        inverse_rms = length.square_().mul_(1 / rows.shape[-1]).add_(eps).rsqrt_().to(rows.dtype)
-        inverse_s_x = inverse_rms / s_x
-    y = int_matmul(h_q, w_q).to(rows.dtype).mul_(inverse_s_x * scale)
-    return y.to(x.dtype).view(*x.shape[:-1], w_q.shape[0]), h_q, inverse_s_x, inverse_rms
-
-
-class _StraightThrough(torch.autograd.Function):
-    """:func:`_ternary_linear` differentiated as if nothing were rounded and both scales were constants.
-
-    dH = dY (W_t s_w), dW = dY^T (h_q / s_x), in the dtype of dY whatever autocast says; dX from dH through the RMSNorm.
-    The activations kept for dW are int8; x itself is kept for the RMSNorm only.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, w_q, scale, eps):
-        y, h_q, inverse_s_x, inverse_rms = _ternary_linear(x, w_q, scale, eps)
-        kept_x = x if ctx.needs_input_grad[0] and eps is not None else None
-        kept_h_q = h_q if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept_x, kept_h_q, inverse_s_x, inverse_rms, w_q, scale)
-        ctx.x_shape = x.shape
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y):
-        x, h_q, inverse_s_x, inverse_rms, w_q, scale = ctx.saved_tensors
-        grad_rows = grad_y.reshape(-1, w_q.shape[0])
-        grad_x = grad_weight = None
-        with torch.autocast(grad_y.device.type, enabled=False):
-            if ctx.needs_input_grad[1]:
-                grad_weight = grad_rows.t() @ h_q.to(grad_y.dtype).mul_(inverse_s_x)
-            if ctx.needs_input_grad[0]:
-                grad_x = grad_rows @ w_q.to(grad_y.dtype).mul_(scale)
-                if x is not None:
-                    # With h = x r: dX = r (dH - h mean(dH h)).
-                    rows, grad_h = widen(x.reshape(-1, x.shape[-1])), widen(grad_x)
-                    share = (grad_h * rows).mean(-1, keepdim=True) * inverse_rms.square()
-                    grad_x = torch.addcmul(grad_h, rows, share, value=-1).mul_(inverse_rms)
-                grad_x = grad_x.to(grad_y.dtype).reshape(ctx.x_shape)
-        return grad_x, grad_weight, None, None, None
 
 
 class BitLinear(nn.Module):
@@ -141,6 +76,7 @@ class BitLinear(nn.Module):
             )
         self.in_features, self.out_features, self.norm, self.eps = in_features, out_features, norm, eps
         self._cache: tuple | None = None
+        self._fast: tuple | None = None
         self.register_parameter("weight", None)
         self.register_buffer("packed_weight", None)
         self.register_buffer("weight_scale", None)
@@ -176,7 +112,7 @@ class BitLinear(nn.Module):
         if self.weight is not None:
             codes, scale = quantize_weight(self.weight)
             self.packed_weight, self.weight_scale = pack_ternary(codes), scale.float().reshape(1)
-            self.weight = self._cache = None
+            self.weight = self._cache = self._fast = None
         return self
 
     def to_trainable(self) -> "BitLinear":
@@ -191,7 +127,7 @@ class BitLinear(nn.Module):
             self.weight = nn.Parameter(codes * (self.weight_scale / share))
             self.register_buffer("packed_weight", None)
             self.register_buffer("weight_scale", None)
-            self._cache = None
+            self._cache = self._fast = None
         return self
 
     def quantized_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,18 +160,18 @@ class BitLinear(nn.Module):
 
     def train(self, mode: bool = True) -> "BitLinear":
         """Set the mode as nn.Module does and forget kept codes."""
-        self._cache = None
+        self._cache = self._fast = None
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self._cache, scale = None, self.weight_scale
+        self._cache, self._fast, scale = None, None, self.weight_scale
         super()._apply(fn, recurse)
         if scale is not None and self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "_fast": None}
 
     def forward(self, x: torch.Tensor, quantized: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Apply the layer to the last dimension.
@@ -250,23 +186,49 @@ class BitLinear(nn.Module):
         Raises:
             ValueError: if the last dimension of x or the shape of the codes does not fit the layer.
         """
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
+        if not x.is_floating_point() or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x is {x.dtype} of shape {tuple(x.shape)}; give floats with in_features={self.in_features} columns."
             )
-        w_q, scale = self.quantized_weight() if quantized is None else quantized
-        if w_q.shape != (self.out_features, self.in_features):
+        if quantized is not None and quantized[0].shape != (self.out_features, self.in_features):
             raise ValueError(
-                f"quantized has codes of shape {tuple(w_q.shape)}, but {self} needs its own; pass its quantized_weight()."
+                f"quantized has codes of shape {tuple(quantized[0].shape)}, but {self} needs its own; pass its "
+                "quantized_weight()."
             )
-        eps, weight = self.eps if self.norm else None, self.weight
-        if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-            return _StraightThrough.apply(x, weight, w_q, scale, eps)
-        few = 0 < x.numel() <= DECODE_ROWS * self.in_features and self.in_features <= DECODE_MAX_FEATURES
-        if few and x.is_cpu and x.dtype == torch.float32 and (kernel := decode_kernel()) is not None:
-            floor = MIN_SCALE if eps is None else MIN_SCALE * math.sqrt(eps)
-            return kernel(x, w_q, scale, -1.0 if eps is None else eps, floor)
-        return _ternary_linear(x, w_q, scale, eps)[0]
+        weight, eps, learns = self._parameters["weight"], self.eps if self.norm else None, torch.is_grad_enabled()
+        learns = learns and (x.requires_grad or (weight is not None and weight.requires_grad))
+        if torch.compiler.is_compiling():
+            if weight is None and (op := compiled_op()) is not None:
+                return op(x, self.packed_weight, self.weight_scale, eps)
+        elif not learns and x.dtype in DTYPES and x.is_cpu:
+            fast = self.compiled(quantized)
+            if fast is not None and x.numel() <= fast.max_elements:
+                return fast(x)
+        w_q, scale = self.quantized_weight() if quantized is None else quantized
+        if learns:
+            return StraightThrough.apply(x, weight, w_q, scale, eps)
+        return ternary_linear(x, w_q, scale, eps)[0]
+
+    def compiled(self, quantized: tuple[torch.Tensor, torch.Tensor] | None = None) -> FastBitLinear | None:
+        """The compiled kernel with this layer's weights, for calls without gradients; None where it cannot run.
+
+        Args:
+            quantized: this layer's current :meth:`quantized_weight`; computed here if the layer is not packed and it is
+                None.
+        """
+        packed, kept = self._buffers["packed_weight"], self._fast
+        if packed is not None:
+            source, scale = packed, self.weight_scale
+        else:
+            source, scale = self.quantized_weight() if quantized is None else quantized
+        if kept is None or kept[0] is not source or kept[1] != (source.data_ptr(), scale.data_ptr()):
+            fast = None
+            if packed is None and source.is_cpu and source.shape[0] % CODES_PER_BYTE == 0:
+                packed = pack_ternary(source)
+            if packed is not None and FastBitLinear.can_run(packed, scale):
+                fast = FastBitLinear(packed, scale, self.eps if self.norm else None)
+            self._fast = kept = source, (source.data_ptr(), scale.data_ptr()), fast
+        return kept[2]
 
 
 def set_packed(module: nn.Module, packed: bool) -> None:

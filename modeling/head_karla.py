@@ -28,6 +28,7 @@ from torch import nn
 from .attention_karla import SourceMemory, WindowBlocks
 from .bitlinear_karla import BitLinear
 from .ctm_karla import NeuronModels, Synchronisation
+from .ticks_karla import compiled_ticks
 
 
 class Thought(NamedTuple):
@@ -148,11 +149,12 @@ class KarlaHead(nn.Module):
         thinking = torch.inference_mode if not torch.is_grad_enabled() else contextlib.nullcontext
         with thinking():
             thought = self._begin(state.reshape(-1, state.shape[-1]), layers)
-        for tick in range(1, num_ticks + 1):
+        tick = 0
+        while tick < num_ticks:
+            count = num_ticks if on_tick is None else 1
             with thinking():
-                thought = self._tick(thought, fixed, tick, shape)
-                if on_tick is None and tick < num_ticks:
-                    continue
+                thought = self._think(thought, fixed, tick + 1, count, shape)
+                tick += count
                 delta = self._answer(thought, fixed, tick)
             going = None if on_tick is None else on_tick(tick, delta)
             if going is None or tick == num_ticks:
@@ -172,6 +174,15 @@ class KarlaHead(nn.Module):
             thought = thought._replace(z=z, history=history, alpha=self.sync.products(z))
         if self.has_stream:
             thought = thought._replace(stream=state, writes=torch.zeros_like(state))
+        return thought
+
+    def _think(self, thought: Thought, fixed: Fixed, first: int, count: int, shape: tuple[int, int]) -> Thought:
+        """Think `count` ticks, beginning with tick `first`."""
+        compiled = compiled_ticks(self, thought, fixed, first, count)
+        if compiled is not None:
+            return compiled
+        for tick in range(first, first + count):
+            thought = self._tick(thought, fixed, tick, shape)
         return thought
 
     def _tick(self, thought: Thought, fixed: Fixed, tick: int, shape: tuple[int, int]) -> Thought:

@@ -9,20 +9,23 @@ from collections.abc import Callable
 import torch
 
 
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint64}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint64, "d": ctypes.c_double}
 
 
 @functools.cache
-def c_function(name: str, arguments: str) -> Callable[..., None] | None:
-    """A C function that returns nothing, or None where there is no kernel.
+def c_function(name: str, arguments: str, result: str | None = None) -> Callable | None:
+    """A C function, or None where there is no kernel.
 
     Args:
         name: of the function.
-        arguments: a letter for each: p for a pointer, i for an int64, u for a uint64.
+        arguments: a letter for each: p for a pointer, i for an int64, u for a uint64, d for a double.
+        result: the letter of what it returns; None if it returns nothing.
     """
-    if not hasattr(torch.ops.karla_hf, "address"):
+    address = torch.ops.karla_hf.address(name) if hasattr(torch.ops.karla_hf, "address") else 0
+    if not address:
         return None
-    return ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in arguments))(torch.ops.karla_hf.address(name))
+    types = (_TYPES[letter] for letter in arguments)
+    return ctypes.CFUNCTYPE(None if result is None else _TYPES[result], *types)(address)
 
 
 @functools.cache

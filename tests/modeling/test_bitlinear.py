@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from karla_hf.modeling.bitlinear_karla import BitLinear, quantize_activation, quantize_weight, set_packed
+from karla_hf.modeling.bitlinear_karla import BitLinear, set_packed
 from karla_hf.modeling.reference_bitlinear import naive_bitlinear
+from karla_hf.modeling.ternary_karla import quantize_activation, quantize_weight
 
 
 def double_layer(in_features, out_features, **arguments):
