@@ -1,0 +1,82 @@
+"""Attention with one query per tick over keys and values that stay the same."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Memory(NamedTuple):
+    """What all ticks attend to.
+
+    Attributes:
+        keys: [B, H, S, d], or the features [B, S, E] themselves.
+        values: as `keys`.
+        key_weight: [H, d, E] if `keys` are features, else None.
+        value_weight: [H, E, d] if `values` are features, else None.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_weight: torch.Tensor | None = None
+    value_weight: torch.Tensor | None = None
+
+
+class TickAttention(nn.Module):
+    """`nn.MultiheadAttention` of one query at a time over the same S features, with its parameters.
+
+    Scores are q_h . (W_K,h x_s), which are (W_K,h^T q_h) . x_s, and outputs sum_s p_s W_V,h x_s, which are
+    W_V,h sum_s p_s x_s. So either the features are projected once, at S E^2 multiplications, or the queries and outputs of
+    every tick are, and attention runs over the features, H times as wide as the keys of a head: whichever is less. A bias
+    of the keys shifts all scores of a query alike and has no effect, so it is left out.
+
+    Args:
+        size: E = H * d.
+        num_heads: H.
+        dropout: rate at the attention weights.
+    """
+
+    def __init__(self, size: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.in_weight = nn.Parameter(torch.empty(3 * size, size))
+        self.in_bias = nn.Parameter(torch.zeros(3 * size))
+        self.out = nn.Linear(size, size)
+
+    def remember(self, features: torch.Tensor, num_ticks: int) -> Memory:
+        """Prepare features [B, S, E] for `num_ticks` queries each."""
+        _, key_weight, value_weight = self.in_weight.chunk(3)
+        size, dropping = features.shape[-1], self.dropout > 0 and self.training
+        if (
+            num_ticks * self.num_heads < size and not dropping
+        ):  # dropped weights would have to drop the bias of values too
+            key_weight, value_weight = (w.unflatten(0, (self.num_heads, -1)) for w in (key_weight, value_weight))
+            return Memory(features, features, key_weight, value_weight.transpose(1, 2))
+        bias = self.in_bias[2 * size :]
+        keys, values = nn.functional.linear(features, key_weight), nn.functional.linear(features, value_weight, bias)
+        return Memory(*(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (keys, values)))
+
+    def forward(self, query: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend once.
+
+        Args:
+            query: [B, E].
+            memory: from `remember`.
+
+        Returns:
+            [B, E], and the attention weights [B, H, S].
+        """
+        size = query.shape[-1]
+        scale = (size // self.num_heads) ** -0.5
+        query = nn.functional.linear(query, self.in_weight[:size] * scale, self.in_bias[:size] * scale)
+        query = query.unflatten(-1, (self.num_heads, -1))  # [B, H, d]
+        if memory.key_weight is None:
+            weights = (query[:, :, None] @ memory.keys.transpose(2, 3)).softmax(-1)
+            kept = nn.functional.dropout(weights, self.dropout, self.training) if self.dropout else weights
+            return self.out((kept @ memory.values).flatten(1)), weights[:, :, 0]
+        query = torch.bmm(query.transpose(0, 1), memory.key_weight).transpose(0, 1)  # [B, H, E]
+        weights = torch.bmm(query, memory.keys.transpose(1, 2)).softmax(-1)
+        seen = torch.bmm(torch.bmm(weights, memory.values).transpose(0, 1), memory.value_weight)  # [H, B, d]
+        return self.out(seen.transpose(0, 1).flatten(1) + self.in_bias[2 * size :]), weights
