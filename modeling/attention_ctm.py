@@ -6,6 +6,69 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class _Late:
+    """Factors of the features' gradient, sum over ticks of left^T right, collected during one backward pass."""
+
+    def __init__(self):
+        self.task, self.factors = -1, []
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self.task:  # what an earlier pass over the same graph has left
+            self.task, self.factors = task, []
+        self.factors.append((left, right))
+
+    def total(self) -> torch.Tensor | None:
+        """The gradient, in one product over all ticks; None if no tick of this backward pass has added to it."""
+        factors, self.factors = self.factors, []
+        if not factors or self.task != torch._C._current_graph_task_id():
+            return None
+        left, right = (torch.cat(parts, dim=1) for parts in zip(*factors, strict=True))
+        return torch.bmm(left.transpose(1, 2), right)
+
+
+class _Share(torch.autograd.Function):
+    """Features that all ticks look at; their gradient is made when the last tick has been passed."""
+
+    @staticmethod
+    def forward(ctx, features, late):
+        ctx.set_materialize_grads(False)
+        ctx.late = late
+        return features.view_as(features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return ctx.late.total(), None
+
+
+class _Look(torch.autograd.Function):
+    """softmax(q x^T) x for queries [B, H, E] and features x [B, S, E], and the weights [B, H, S].
+
+    The gradient of x, 2 H outer products per tick, is only collected: added up tick by tick it would cost more than all
+    the rest of the attention.
+    """
+
+    @staticmethod
+    def forward(ctx, query, features, late):
+        weights = torch.bmm(query, features.transpose(1, 2)).softmax(-1)
+        ctx.late = late
+        ctx.save_for_backward(query, features, weights)
+        ctx.mark_non_differentiable(weights)
+        return torch.bmm(weights, features), weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, _):
+        query, features, weights = ctx.saved_tensors
+        of_weights = torch.bmm(gradient, features.transpose(1, 2))
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+        if ctx.needs_input_grad[1]:
+            ctx.late.add(torch.cat([weights, of_scores], dim=1), torch.cat([gradient, query], dim=1))
+        return torch.bmm(of_scores, features), None, None
 
 
 class Memory(NamedTuple):
@@ -16,12 +79,14 @@ class Memory(NamedTuple):
         values: as `keys`.
         key_weight: [H, d, E] if `keys` are features, else None.
         value_weight: [H, E, d] if `values` are features, else None.
+        late: collects what makes the gradient of the features, if `keys` are features.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     key_weight: torch.Tensor | None = None
     value_weight: torch.Tensor | None = None
+    late: _Late | None = None
 
 
 class TickAttention(nn.Module):
@@ -53,7 +118,9 @@ class TickAttention(nn.Module):
             num_ticks * self.num_heads < size and not dropping
         ):  # dropped weights would have to drop the bias of values too
             key_weight, value_weight = (w.unflatten(0, (self.num_heads, -1)) for w in (key_weight, value_weight))
-            return Memory(features, features, key_weight, value_weight.transpose(1, 2))
+            late = _Late()
+            features = _Share.apply(features, late)
+            return Memory(features, features, key_weight, value_weight.transpose(1, 2), late)
         bias = self.in_bias[2 * size :]
         keys, values = nn.functional.linear(features, key_weight), nn.functional.linear(features, value_weight, bias)
         return Memory(*(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (keys, values)))
@@ -66,7 +133,7 @@ class TickAttention(nn.Module):
             memory: from `remember`.
 
         Returns:
-            [B, E], and the attention weights [B, H, S].
+            [B, E], and the attention weights [B, H, S], without a gradient.
         """
         size = query.shape[-1]
         scale = (size // self.num_heads) ** -0.5
@@ -75,8 +142,8 @@ class TickAttention(nn.Module):
         if memory.key_weight is None:
             weights = (query[:, :, None] @ memory.keys.transpose(2, 3)).softmax(-1)
             kept = nn.functional.dropout(weights, self.dropout, self.training) if self.dropout else weights
-            return self.out((kept @ memory.values).flatten(1)), weights[:, :, 0]
+            return self.out((kept @ memory.values).flatten(1)), weights[:, :, 0].detach()
         query = torch.bmm(query.transpose(0, 1), memory.key_weight).transpose(0, 1)  # [B, H, E]
-        weights = torch.bmm(query, memory.keys.transpose(1, 2)).softmax(-1)
-        seen = torch.bmm(torch.bmm(weights, memory.values).transpose(0, 1), memory.value_weight)  # [H, B, d]
+        seen, weights = _Look.apply(query, memory.keys, memory.late)
+        seen = torch.bmm(seen.transpose(0, 1), memory.value_weight)  # [H, B, d]
         return self.out(seen.transpose(0, 1).flatten(1) + self.in_bias[2 * size :]), weights

@@ -31,7 +31,7 @@ class CtmConfig(PreTrainedConfig):
         output_size: numbers that are predicted at each tick.
         num_classes: classes C of one answer; a prediction is `output_size` / C answers. None for a single answer.
         dropout: rate in synapses, attention and neuron models.
-        seed: seed of the pairs, used once, when a model is made.
+        pair_seed: seed of the pairs, used once, when a model is made.
 
     Example:
         >>> CtmConfig(output_size=32, num_classes=2).num_answers
@@ -56,7 +56,7 @@ class CtmConfig(PreTrainedConfig):
     output_size: int = 2
     num_classes: int | None = None
     dropout: float | int = 0.0
-    seed: int = 0
+    pair_seed: int = 0
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(CTM_AUTO_MAP))

@@ -130,7 +130,7 @@ class CtmModel(PreTrainedModel):
             config.num_action_neurons,
             config.num_output_neurons,
             config.num_self_pairs,
-            torch.Generator().manual_seed(config.seed),
+            torch.Generator().manual_seed(config.pair_seed),
         )
         self.num_asking, self.num_answering = asking.shape[1], answering.shape[1]
         self.sync = PairSynchronisation(torch.cat([asking, answering], dim=1))

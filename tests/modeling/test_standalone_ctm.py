@@ -50,7 +50,7 @@ def assert_same_gradients(model, features, num_ticks, tolerance, inputs=()):
             assert (ours - theirs).norm() <= tolerance * theirs.norm().clamp(min=1e-3), tuple(parameter.shape)
 
 
-@pytest.mark.parametrize("num_ticks", [1, 10])
+@pytest.mark.parametrize("num_ticks", [1, 10])  # 2 heads: 1 tick projects queries, 10 ticks project features
 @pytest.mark.parametrize("case", CASES)
 def test_ticks_and_gradients_equal_naive(case, num_ticks):
     model, features = make_model(**CASES[case]), torch.randn(2, 5, SIZES["feature_size"], dtype=torch.float64)
@@ -61,7 +61,7 @@ def test_ticks_and_gradients_equal_naive(case, num_ticks):
 
 
 @pytest.mark.parametrize("case", ["depth 1, random", "U-Net"])
-@pytest.mark.parametrize("size", [14, 60])  # 25 ticks of 2 heads: projects features, or queries
+@pytest.mark.parametrize("size", [14, 60])  # 25 ticks of 2 heads project features, or queries
 def test_many_ticks_equal_naive(case, size):
     model = make_model(**{**CASES[case], "hidden_size": size})
     features = torch.randn(2, 3, SIZES["feature_size"], dtype=torch.float64)
@@ -80,6 +80,19 @@ def test_single_precision_equals_naive(case, num_ticks):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert_same_gradients(model, features, num_ticks, 1e-5)
+
+
+def test_gradients_of_a_graph_that_was_passed_in_part_before():
+    """Gradients of features are collected over a whole backward pass; a pass that stops before leaves nothing behind."""
+    model, features = make_model(hidden_size=60), torch.randn(2, 4, SIZES["feature_size"], dtype=torch.float64)
+    features.requires_grad_()
+    predictions = model(features).predictions
+    expected = torch.autograd.grad(predictions.sin().sum(), features, retain_graph=True)[0]
+    torch.autograd.grad(predictions.sum(), model.start_state, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(predictions.sin().sum(), features, retain_graph=True)[0], expected)
+    first = torch.autograd.grad(predictions[..., 0].sin().sum(), features)[0]
+    alone = torch.autograd.grad(model(features, num_ticks=1).predictions.sin().sum(), features)[0]
+    torch.testing.assert_close(first, alone, rtol=1e-9, atol=1e-12)
 
 
 def test_tokens_equal_naive():
@@ -119,8 +132,12 @@ def test_query_learns_from_two_features_on_and_only_then():
         assert bool(model.sync.decay.grad[: model.num_asking].abs().max() > 1e-9) == learns
 
 
-def test_checkpointing_keeps_less_and_changes_nothing():
-    model, features = make_model().train(), torch.randn(3, 6, SIZES["feature_size"], dtype=torch.float64)
+@pytest.mark.parametrize("size", [14, 60])
+def test_checkpointing_keeps_less_and_changes_nothing(size):
+    model, features = (
+        make_model(hidden_size=size).train(),
+        torch.randn(3, 6, SIZES["feature_size"], dtype=torch.float64),
+    )
     results = []
     for model.gradient_checkpointing in (False, True):
         kept = []
@@ -149,10 +166,10 @@ def test_forward_changes_no_parameter():
 
 
 def test_pairs_come_from_the_seed_and_travel_with_the_weights(tmp_path):
-    first, same, other = (CtmModel(CtmConfig(**SIZES, seed=seed)) for seed in (0, 0, 1))
+    first, same, other = (CtmModel(CtmConfig(**SIZES, pair_seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first.sync.pairs, same.sync.pairs)
     assert not torch.equal(first.sync.pairs, other.sync.pairs)
-    other.config.seed = 5
+    other.config.pair_seed = 5
     other.save_pretrained(tmp_path)
     loaded = CtmModel.from_pretrained(tmp_path)
     assert torch.equal(loaded.sync.pairs, other.sync.pairs)
