@@ -77,15 +77,17 @@ class Memory(NamedTuple):
     Attributes:
         keys: [B, H, S, d], or the features [B, S, E] themselves.
         values: as `keys`.
-        key_weight: [H, d, E] if `keys` are features, else None.
-        value_weight: [H, E, d] if `values` are features, else None.
+        query: weight [E, E] and bias [E] of the queries.
+        value_bias: [E].
+        projections: if `keys` are features, the weights of keys [H, d, E], scaled, and of values [H, E, d]; else None.
         late: collects what makes the gradient of the features, if `keys` are features.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    key_weight: torch.Tensor | None = None
-    value_weight: torch.Tensor | None = None
+    query: tuple[torch.Tensor, torch.Tensor]
+    value_bias: torch.Tensor
+    projections: tuple[torch.Tensor, torch.Tensor] | None = None
     late: _Late | None = None
 
 
@@ -112,18 +114,21 @@ class TickAttention(nn.Module):
 
     def remember(self, features: torch.Tensor, num_ticks: int) -> Memory:
         """Prepare features [B, S, E] for `num_ticks` queries each."""
-        _, key_weight, value_weight = self.in_weight.chunk(3)
-        size, dropping = features.shape[-1], self.dropout > 0 and self.training
-        if (
-            num_ticks * self.num_heads < size and not dropping
-        ):  # dropped weights would have to drop the bias of values too
-            key_weight, value_weight = (w.unflatten(0, (self.num_heads, -1)) for w in (key_weight, value_weight))
+        size = features.shape[-1]
+        query_weight, key_weight, value_weight = self.in_weight.chunk(3)
+        query_bias, _, value_bias = self.in_bias.chunk(3)
+        key_weight = key_weight * (size // self.num_heads) ** -0.5
+        fixed = {"query": (query_weight, query_bias), "value_bias": value_bias}
+        dropping = self.dropout > 0 and self.training  # the bias would have to be dropped with the weights
+        if num_ticks * self.num_heads < size and not dropping:
+            weights = [weight.unflatten(0, (self.num_heads, -1)) for weight in (key_weight, value_weight)]
             late = _Late()
             features = _Share.apply(features, late)
-            return Memory(features, features, key_weight, value_weight.transpose(1, 2), late)
-        bias = self.in_bias[2 * size :]
-        keys, values = nn.functional.linear(features, key_weight), nn.functional.linear(features, value_weight, bias)
-        return Memory(*(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (keys, values)))
+            return Memory(features, features, **fixed, projections=(weights[0], weights[1].transpose(1, 2)), late=late)
+        keys = nn.functional.linear(features, key_weight)
+        values = nn.functional.linear(features, value_weight, value_bias)
+        keys, values = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (keys, values))
+        return Memory(keys, values, **fixed)
 
     def forward(self, query: torch.Tensor, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend once.
@@ -135,15 +140,13 @@ class TickAttention(nn.Module):
         Returns:
             [B, E], and the attention weights [B, H, S], without a gradient.
         """
-        size = query.shape[-1]
-        scale = (size // self.num_heads) ** -0.5
-        query = nn.functional.linear(query, self.in_weight[:size] * scale, self.in_bias[:size] * scale)
-        query = query.unflatten(-1, (self.num_heads, -1))  # [B, H, d]
-        if memory.key_weight is None:
+        query = nn.functional.linear(query, *memory.query).unflatten(-1, (self.num_heads, -1))  # [B, H, d]
+        if memory.projections is None:
             weights = (query[:, :, None] @ memory.keys.transpose(2, 3)).softmax(-1)
             kept = nn.functional.dropout(weights, self.dropout, self.training) if self.dropout else weights
             return self.out((kept @ memory.values).flatten(1)), weights[:, :, 0].detach()
-        query = torch.bmm(query.transpose(0, 1), memory.key_weight).transpose(0, 1)  # [B, H, E]
+        key_weight, value_weight = memory.projections
+        query = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # [B, H, E]
         seen, weights = _Look.apply(query, memory.keys, memory.late)
-        seen = torch.bmm(seen.transpose(0, 1), memory.value_weight)  # [H, B, d]
-        return self.out(seen.transpose(0, 1).flatten(1) + self.in_bias[2 * size :]), weights
+        seen = torch.bmm(seen.transpose(0, 1), value_weight)  # [H, B, d]
+        return self.out(seen.transpose(0, 1).flatten(1) + memory.value_bias), weights

@@ -55,11 +55,13 @@ class State(NamedTuple):
         z: [N, B] activations.
         history: M pre-activations, each [N, B].
         alpha: [P, B] running sums of all pairs, the asking ones first.
+        asked: synchronisation of the asking pairs, as many rows.
     """
 
     z: torch.Tensor
     history: list[torch.Tensor]
     alpha: torch.Tensor
+    asked: torch.Tensor
 
 
 class Fixed(NamedTuple):
@@ -212,9 +214,9 @@ class CtmModel(PreTrainedModel):
             raise ValueError(f"`num_ticks` is {ticks}; give 1 or more.")
         state, fixed = self._begin(features, ticks)
         spoken, attentions = [], []
-        for tick in range(ticks):
-            state, weights = self._run(state, fixed, tick)
-            spoken.append(state.alpha[self.num_asking :] * fixed.factors[tick + 1][self.num_asking :])
+        for tick in range(1, ticks + 1):
+            state, answering, weights = self._run(state, fixed, tick)
+            spoken.append(answering)
             attentions.append(weights)
         answers = torch.stack(spoken).transpose(1, 2).to(state.z.dtype)  # [T, B, P]
         predictions = self.answer(answers)
@@ -244,23 +246,29 @@ class CtmModel(PreTrainedModel):
         keep, factors = self.sync.schedule(num_ticks)
         z = self.start_state[:, None].expand(-1, len(features))
         history = list(self.start_history.t()[..., None].expand(-1, -1, len(features)))
-        state = State(z, history, self.sync.products(z, dim=0))
-        return state, Fixed(memory, self.neurons.layers(), keep[:, None], [factor[:, None] for factor in factors])
+        fixed = Fixed(memory, self.neurons.layers(), keep[:, None], [factor[:, None] for factor in factors])
+        alpha = self.sync.products(z, dim=0)
+        return State(z, history, alpha, self._synchronised(alpha, fixed.factors[0])[0]), fixed
 
-    def _run(self, state: State, fixed: Fixed, tick: int) -> tuple[State, torch.Tensor]:
+    def _synchronised(self, alpha: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha / sqrt(beta) of the asking pairs and of the answering ones."""
+        return (alpha * factor).split([self.num_asking, self.num_answering])
+
+    def _run(self, state: State, fixed: Fixed, tick: int) -> tuple[State, torch.Tensor, torch.Tensor]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(self._tick, state, fixed, tick, use_reentrant=False)
         return self._tick(state, fixed, tick)
 
-    def _tick(self, state: State, fixed: Fixed, tick: int) -> tuple[State, torch.Tensor]:
-        """The state after one more tick, and its attention weights [B, H, S]."""
-        asked = (state.alpha[: self.num_asking] * fixed.factors[tick][: self.num_asking]).t().to(state.z.dtype)
-        seen, weights = self.attention(self.query(asked), fixed.memory)
+    def _tick(self, state: State, fixed: Fixed, tick: int) -> tuple[State, torch.Tensor, torch.Tensor]:
+        """The state after tick 1, 2 ..., the answering pairs' synchronisation [P, B], and attention weights [B, H, S]."""
+        query = self.query(state.asked.t().to(state.z.dtype))
+        seen, weights = self.attention(query, fixed.memory)
         signal = self.synapse(torch.cat([seen, state.z.t()], dim=-1))
         history = [*state.history[1:], signal.t()]
         z = self.neurons(history, fixed.layers).t()
         alpha = torch.addcmul(self.sync.products(z, dim=0), fixed.keep, state.alpha)
-        return State(z, history, alpha), weights
+        asked, answering = self._synchronised(alpha, fixed.factors[tick])
+        return State(z, history, alpha, asked), answering, weights
 
 
 def ctm_certainties(predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
