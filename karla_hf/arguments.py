@@ -14,7 +14,9 @@ from karla_hf.modeling.configuration_karla import KarlaConfig
 
 
 MODEL_OPTIONS = tuple(
-    name for name in KarlaConfig.__annotations__ if name.startswith(("engram_", "ctm_", "certainty_", "tick_"))
+    name
+    for name in KarlaConfig.__annotations__
+    if name.startswith(("engram_", "ctm_", "certainty_", "tick_", "ponder_"))
 )
 
 

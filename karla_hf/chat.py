@@ -1,8 +1,7 @@
 """A conversation with a Karla: answers come piece by piece, and files can be read in between."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from karla_hf.checkpoints import load_memory
 from karla_hf.documents import read_text
+from karla_hf.modeling.generating_karla import recorded_thoughts
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.reading_karla import ReadReport
 
@@ -27,6 +27,7 @@ class Answer:
         ticks: mean ticks per token; 0 if there is no token.
         certainty: mean certainty per token, 0 to 1.
         seconds: wall time.
+        ticks_used: ticks of every token.
         stopped: whether Ctrl-C ended it.
     """
 
@@ -35,6 +36,7 @@ class Answer:
     ticks: float
     certainty: float
     seconds: float
+    ticks_used: tuple[int, ...]
     stopped: bool
 
 
@@ -50,6 +52,7 @@ class ChatSession:
     Attributes:
         messages: what was said so far, as `{"role": "user" or "assistant", "content": text}`.
         ticks: ticks per token, or None for the configuration's.
+        threshold: certainty at which a token needs no further ticks, or None for the configuration's.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class ChatSession:
         self.max_new_tokens = max_new_tokens
         self.messages: list[dict[str, str]] = []
         self.ticks: int | None = None
+        self.threshold: float | None = None
 
     def answer(self, line: str, on_text: Callable[[str], None]) -> Answer:
         """Answer a line; Ctrl-C ends the answer early and the session goes on.
@@ -76,12 +80,13 @@ class ChatSession:
             ValueError: if the line alone is longer than the model's context; nothing is remembered of it then.
         """
         prompt = self._prompt([*self.messages, {"role": "user", "content": line}])
-        options: dict[str, Any] = {} if self.ticks is None else {"max_ticks": self.ticks}
+        chosen = {"max_ticks": self.ticks, "certainty_threshold": self.threshold}
+        options = {key: value for key, value in chosen.items() if value is not None}
         ends = {self.tokenizer.eos_token_id, *_as_list(self.model.generation_config.eos_token_id)} - {None}
         streamer = _PieceStreamer(self.tokenizer, on_text)
         started, stopped = time.perf_counter(), False
-        generate: Callable[..., Any] = self.model.generate  # type: ignore[misc]  # as transformers annotates itself
-        with _recorded_thoughts(self.model) as thoughts:
+        generate: Callable[..., Any] = self.model.generate
+        with recorded_thoughts(self.model) as records:
             try:
                 generate(
                     input_ids=torch.tensor([prompt], device=self.model.device),
@@ -97,10 +102,10 @@ class ChatSession:
                 stopped = True
         streamer.end()
         self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": streamer.text}]
-        thoughts = thoughts[: len(streamer.ids)]
+        thoughts = [(int(used[0, -1]), float(sure[0, -1])) for used, sure in records[: len(streamer.ids)]]
         ticks, certainty = torch.tensor(thoughts or [(0.0, 0.0)], dtype=torch.float64).mean(0).tolist()
-        seconds = time.perf_counter() - started
-        return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, stopped)
+        seconds, used = time.perf_counter() - started, tuple(used for used, _ in thoughts)
+        return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, used, stopped)
 
     def read(self, path: str | Path) -> ReadReport:
         """Read a file into the pack "default" and save the memory; Ctrl-C, or a failure to save, leaves it as it was.
@@ -139,6 +144,25 @@ class ChatSession:
                 raise ValueError(f"/ticks takes a whole number from 1, but was given {text!r}.")
             self.ticks = int(text)
         return self.ticks or self.model.config.ctm_num_ticks
+
+    def set_threshold(self, text: str) -> float | None:
+        """Set the certainty that ends a thought from what a user typed; an empty text changes nothing.
+
+        Returns:
+            The threshold in force; None where every token gets all its ticks.
+
+        Raises:
+            ValueError: if the text is no number from 0 to 1.
+        """
+        if text:
+            try:
+                threshold = float(text)
+            except ValueError:
+                threshold = -1.0
+            if not 0.0 <= threshold <= 1.0:
+                raise ValueError(f"/certainty takes a number from 0 to 1, but was given {text!r}.")
+            self.threshold = threshold
+        return self.model.config.certainty_threshold if self.threshold is None else self.threshold
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """Tokens of the conversation, without its oldest messages if it is longer than the context."""
@@ -194,19 +218,6 @@ class _PieceStreamer(BaseStreamer):
         piece, self.text = text[len(self.text) :], text
         if piece:
             self.on_text(piece)
-
-
-@contextmanager
-def _recorded_thoughts(model: KarlaForCausalLM) -> Iterator[list[tuple[float, float]]]:
-    """Ticks used and certainty of every token that is generated, which `generate` does not return."""
-    thoughts: list[tuple[float, float]] = []
-    handle = model.register_forward_hook(
-        lambda module, inputs, out: thoughts.append((float(out.ticks_used[0, -1]), float(out.certainty[0, -1])))
-    )
-    try:
-        yield thoughts
-    finally:
-        handle.remove()
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

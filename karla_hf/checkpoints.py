@@ -142,6 +142,26 @@ def writing(directory: str | Path) -> Iterator[None]:
         yield
 
 
+def save_option(directory: str | Path, key: str, value: Any) -> None:
+    """Change one model option in the configuration of a Karla, whole or not at all.
+
+    Raises:
+        OSError: if this is no Karla, or another process is writing to it.
+        ValueError: if the option does not exist, or has another type.
+        StrictDataclassClassValidationError: if the value is out of range.
+    """
+    check_options({key: value})
+    with writing(directory):
+        path = Path(directory, "config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config[key] = value
+        KarlaConfig.from_dict(config)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
+            fresh = Path(staging, "config.json")
+            fresh.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(fresh, path)
+
+
 def check_checkpoint(directory: str | Path) -> None:
     """Raise OSError unless a folder holds a Karla's configuration."""
     path = Path(directory, "config.json")

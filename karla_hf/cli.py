@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from karla_hf.errors import as_sentence
+from karla_hf.eval_cli import evaluate
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
 
@@ -39,7 +40,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-evaluate = typer.Typer(help="Measure recall or perplexity with the memory off and on.", no_args_is_help=True)
 
 
 def main() -> None:
@@ -190,42 +190,6 @@ def packs(directory: Checkpoint, json_file: JsonFile = None) -> None:
     from karla_hf import commands
 
     commands.show_packs(directory, json_file)
-
-
-@evaluate.command()
-def recall(
-    directory: Checkpoint,
-    facts: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FACTS.jsonl", help='Lines of the form {"prompt": "…", "answer": "…"}.', show_default=False
-        ),
-    ],
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Ask the first N facts only.", show_default=False)
-    ] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Count the facts whose answer is generated exactly, greedily and from the bare prompt."""
-    from karla_hf import commands
-
-    commands.measure_recall(directory, facts, limit, json_file)
-
-
-@evaluate.command()
-def perplexity(
-    directory: Checkpoint,
-    files: TextFiles,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=2, help="Look at the first N tokens of a file only.", show_default=False),
-    ] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure the perplexity of each file as one context, up to the model's longest."""
-    from karla_hf import commands
-
-    commands.measure_perplexity(directory, files, max_tokens, json_file)
 
 
 app.add_typer(pack_app, name="pack", rich_help_panel=MEMORY)

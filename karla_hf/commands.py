@@ -7,16 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from karla_hf.chat import ChatSession
-from karla_hf.checkpoints import check_checkpoint, create_checkpoint, load_checkpoint, load_memory, writing
+from karla_hf.checkpoints import (
+    check_checkpoint,
+    create_checkpoint,
+    load_checkpoint,
+    load_memory,
+    save_option,
+    writing,
+)
 from karla_hf.documents import read_text
 from karla_hf.evaluation import RecallResult, context_tokens, exact_recall, perplexity, without_and_with_memory
-from karla_hf.facts import read_facts
+from karla_hf.facts import Fact, read_facts
+from karla_hf.figures import draw_ticks
 from karla_hf.info import Level, describe_levels, describe_packs
 from karla_hf.modeling.exchange_karla import export_pack, find_pack, import_pack, merge_packs, verify_engram
 from karla_hf.modeling.manifest_karla import check_pack_name
 from karla_hf.modeling.packs_karla import save_engram
 from karla_hf.report import format_bytes, format_count, new_console, new_table, write_json
 from karla_hf.terminal import run_chat
+from karla_hf.ticks import calibrate, measure_ticks, summary
 
 
 def create(
@@ -211,6 +220,48 @@ def measure_perplexity(directory: Path, files: Sequence[Path], max_tokens: int |
         results.append({"file": str(path), "tokens": count, "memory_off": off, "memory_on": on})
     new_console().print(table)
     write_json(json_file, {"files": results})
+
+
+def calibrate_ticks(
+    directory: Path, files: Sequence[Path], *, max_rise: float, save: bool, json_file: Path | None
+) -> None:
+    """Find the threshold that thinks least at next to no loss; see `karla eval ticks`."""
+    data: list[str | Fact] = []
+    for path in files:
+        data += read_facts(path) if path.suffix == ".jsonl" else [read_text(path)]
+    model, tokenizer = load_checkpoint(directory)
+    found = calibrate(measure_ticks(model, tokenizer, data), max_rise)
+    console = new_console()
+    columns = ["expected ticks", "loss", "rise", "tokens right", "answers right"]
+    if not any(isinstance(entry, Fact) for entry in data):
+        columns.pop()  # no text is right as a whole
+    by_tick = new_table(["answer after tick", *columns[1:2], *columns[3:]], title="All tokens answer after one tick")
+    for entry in found.per_tick:
+        by_tick.add_row(f"{entry['tick']:.0f}", *_tick_row(entry, columns[1:2] + columns[3:]))
+    console.print(by_tick)
+    rule = new_table(
+        ["threshold", *columns],
+        title="Tokens answer when they are certain",
+        caption=f"Of {found.tokens:,} tokens. Rise: of the loss, against all {len(found.per_tick) - 1} ticks.",
+    )
+    for entry in [entry for i, entry in enumerate(found.per_threshold) if i % 5 == 0 or entry == found.chosen]:
+        mark = " ◂" if entry == found.chosen else ""
+        rule.add_row(f"{entry['threshold']:g}{mark}", *_tick_row(entry, columns))
+    console.print(rule)
+    if json_file is not None:
+        draw_ticks(summary(found), json_file.with_suffix(".png"))
+    write_json(json_file, summary(found))
+    if found.chosen is None:
+        raise ValueError(f"No threshold keeps the rise of the loss within {max_rise:.2%}; allow more.")
+    if save:
+        save_option(directory, "certainty_threshold", found.chosen["threshold"])
+        console.print(f"{directory} stops at certainty {found.chosen['threshold']:g} from now on.", markup=False)
+
+
+def _tick_row(entry: Mapping[str, float], columns: Sequence[str]) -> list[str]:
+    shown = {"expected ticks": ("ticks", ".2f"), "loss": ("loss", ".4f"), "rise": ("rise", ".2%"),
+             "tokens right": ("token_accuracy", ".1%"), "answers right": ("accuracy", ".1%")}  # fmt: skip
+    return [format(entry[name], style) for name, style in (shown[column] for column in columns)]
 
 
 def _budget(level: Level) -> str:

@@ -73,7 +73,7 @@ def exact_recall(
     """
     if not facts:
         raise ValueError("There are no facts to ask; give at least one.")
-    problems = [_tokens_of(fact, tokenizer) for fact in facts]
+    problems = [answer_tokens(fact, tokenizer) for fact in facts]
     # Alike lengths side by side: less padding, and no token is generated that no answer of the batch needs.
     order = sorted(range(len(facts)), key=lambda i: (len(problems[i][1]), len(problems[i][0])))
     generated: dict[int, list[int]] = {}
@@ -212,7 +212,7 @@ def without_and_with_memory(model: KarlaForCausalLM, measure: Callable[[], Resul
         model.use_memory(was_enabled)
 
 
-def _tokens_of(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def answer_tokens(fact: Fact, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of the answer as they follow it in the sentence, where the sentence splits between them."""
     prompt, answer, whole = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (fact.prompt, fact.answer, fact.text)

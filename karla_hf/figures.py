@@ -63,6 +63,33 @@ def draw_baselines(rows: dict[str, dict[str, float]], facts: int, path: Path) ->
     figure.savefig(path, dpi=150)
 
 
+def draw_ticks(measured: dict, path: Path) -> None:
+    """Draw loss and accuracy against expected ticks, for stopping by certainty and for stopping all after one tick.
+
+    Args:
+        measured: has `per_tick` and `per_threshold`, lists of dicts, and `chosen`, one of the latter or None.
+        path: the PNG file.
+    """
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, (name, title) in zip(
+        figure.subplots(1, 2), {"loss": "loss, nats per token", "token_accuracy": "tokens right"}.items(), strict=True
+    ):
+        fixed, rule = measured["per_tick"], sorted(measured["per_threshold"], key=lambda entry: entry["ticks"])
+        axes.plot([entry["tick"] for entry in fixed], [entry[name] for entry in fixed], "o-", color="#9aa5b1",
+                  markersize=4, label="all after one tick")  # fmt: skip
+        axes.plot([entry["ticks"] for entry in rule], [entry[name] for entry in rule], color="#1f6f78",
+                  label="when certain")  # fmt: skip
+        if measured["chosen"] is not None:
+            chosen = measured["chosen"]
+            axes.plot(chosen["ticks"], chosen[name], "*", color="#d1495b", markersize=12,
+                      label=f"certainty {chosen['threshold']:g}")  # fmt: skip
+        axes.set_xlabel("expected ticks")
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], path: Path) -> None:
     """Draw forgetting matrices as heat maps: perplexities, coloured by their ratio to the bare backbone's.
 

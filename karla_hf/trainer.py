@@ -17,11 +17,11 @@ PROBE_CERTAINTY = 0.8
 
 
 class KarlaSFTTrainer(SFTTrainer):
-    """TRL's `SFTTrainer`, which can also train with the two-tick loss and logs how the head thinks.
+    """TRL's `SFTTrainer`, which can also train with losses over several ticks and logs how the head thinks.
 
-    With `config.tick_loss == "last"` training is TRL's own. With `"two_tick"` the model computes its loss itself, since
-    TRL multiplies hidden states of one tick by the output layer (Continuous Thought Machine,
-    https://arxiv.org/abs/2505.05522, section 2.5). The losses of evaluation are always those of the answer.
+    With `config.tick_loss == "last"` training is TRL's own. With `"mean"`, `"two_tick"` (Continuous Thought Machine,
+    https://arxiv.org/abs/2505.05522, section 2.5) or a `ponder_cost` the model computes its loss itself, since TRL
+    multiplies hidden states of one tick by the output layer. The losses of evaluation are always those of the answer.
 
     Where the model has trained rows (`config.engram_layer_ids`), they are trained with five times the learning rate, without
     weight decay, and only where a batch addresses them (Engram, https://arxiv.org/abs/2601.07372, appendix).
@@ -51,7 +51,7 @@ class KarlaSFTTrainer(SFTTrainer):
             return_outputs: whether to return the model's outputs too.
             num_items_in_batch: labels in the whole accumulated batch of all processes, or None for this batch's.
         """
-        if self.model.config.tick_loss != "two_tick" or not self.model.training:
+        if not self.model.config.computes_own_loss or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss

@@ -30,7 +30,7 @@ from karla_hf.trainer import KarlaSFTTrainer
 
 
 # What a trained head can be told anew; the other options give the shapes of its weights or of the memory.
-CHANGEABLE_OPTIONS = ("ctm_num_ticks", "certainty_threshold", "certainty_candidates", "tick_loss")
+CHANGEABLE_OPTIONS = ("ctm_num_ticks", "certainty_threshold", "certainty_candidates", "tick_loss", "ponder_cost")
 
 
 def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

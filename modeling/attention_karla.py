@@ -46,12 +46,16 @@ class WindowBlocks(NamedTuple):
         values: as `keys`.
         mask: [B * N, 1, C, L], 0 where a query may look and -inf elsewhere.
         turn: [B, T', 1, 1, d / 2] complex, rotation of the queries.
+        slot: after `keep`, [B * N * C] int64: the query in every place of a block (the last one again where it has fewer).
+        place: after `keep`, [B * T'] int64: the place of every query.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     mask: torch.Tensor
     turn: torch.Tensor
+    slot: torch.Tensor | None = None
+    place: torch.Tensor | None = None
 
     def attend(self, queries: torch.Tensor) -> torch.Tensor:
         """Scaled dot-product attention of every position over its window.
@@ -64,13 +68,45 @@ class WindowBlocks(NamedTuple):
         """
         batch, length, groups, heads, width = queries.shape
         block = self.mask.shape[2]
-        q = rotate(queries, self.turn)
-        if pad := -length % block:
+        q, pad = rotate(queries, self.turn), 0
+        if self.slot is not None:
+            q = q.flatten(0, 1).index_select(0, self.slot)
+        elif pad := -length % block:
             q = nn.functional.pad(q, (0, 0, 0, 0, 0, 0, 0, pad))
         q = q.reshape(-1, block * groups, heads, width).transpose(1, 2)
         mask = self.mask.repeat_interleave(groups, dim=2) if block > 1 else self.mask.expand(-1, -1, groups, -1)
-        out = nn.functional.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
-        return out.transpose(1, 2).reshape(batch, length + pad, groups, heads * width)[:, :length]
+        out = nn.functional.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask).transpose(1, 2)
+        if self.place is not None:
+            out = out.reshape(-1, groups, heads * width).index_select(0, self.place)
+            return out.view(batch, length, groups, -1)
+        return out.reshape(batch, length + pad, groups, heads * width)[:, :length]
+
+    def keep(self, rows: torch.Tensor) -> WindowBlocks:
+        """The blocks for some of the queries only: blocks without any are dropped, and blocks are as long as the fullest.
+
+        Args:
+            rows: [n] int64, ascending: which of the B * T' queries, at least one.
+
+        Returns:
+            Blocks whose `attend` takes queries [n, 1, G, H, d].
+        """
+        block = self.mask.shape[2]
+        if self.place is None:
+            length = self.turn.shape[1]
+            place = rows // length * (-(-length // block) * block) + rows % length
+        else:
+            place = self.place[rows]
+        kept, number, counts = torch.unique_consecutive(place // block, return_inverse=True, return_counts=True)
+        size, first = int(counts.max()), counts.cumsum(0) - counts
+        slot = first[:, None] + torch.arange(size, device=rows.device)
+        slot = torch.minimum(slot, (first + counts - 1)[:, None])
+        keys, values = self.keys, self.values
+        if len(kept) < len(keys):
+            keys, values = keys.index_select(0, kept), values.index_select(0, kept)
+        mask = self.mask[kept[:, None], 0, place[slot] % block][:, None]
+        turn = self.turn.flatten(0, 1).index_select(0, rows)[:, None]
+        place = number * size + torch.arange(len(rows), device=rows.device) - first[number]
+        return WindowBlocks(keys, values, mask, turn, slot.flatten(), place)
 
 
 def cut_blocks(

@@ -57,6 +57,26 @@ class KarlaCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         return keys[:, :, :, -reach:], ids[:, -reach:]
 
+    def skip(self, count: int) -> None:
+        """Pass over `count` new positions that no later one looks at; everything before them is forgotten."""
+        if count:
+            self.keys = self.values = None
+            self.seen += count
+
+    def part(self, rows: slice) -> KarlaCacheLayer:
+        """A layer with some of the sequences."""
+        layer = type(self)(self.keep, self.slack)
+        layer.seen = self.seen
+        if self.keys is not None:
+            layer.keys, layer.values = self.keys[rows], self.values[rows]
+        return layer
+
+    def join(self, parts: list[KarlaCacheLayer]) -> None:
+        """Take over what layers that were a `part` have become, in the order of the sequences."""
+        self.keys = torch.cat([part.keys for part in parts])
+        self.values = torch.cat([part.values for part in parts])
+        self.seen, self.is_initialized = parts[0].seen, True
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As for a full layer; Karla's own attention does not use it."""
         return self.seen + query_length, 0

@@ -67,8 +67,10 @@ class KarlaConfig(PreTrainedConfig):
         certainty_threshold: certainty in [0, 1] at which a position stops thinking; None never stops early.
         certainty_candidates: tokens over which certainty is measured.
         tick_loss: how a thought is trained and answered. `"last"`: loss and answer at the last tick; this is what TRL's
-            trainers do. `"two_tick"`: the CTM's loss on the best and the most certain tick of every position, and the
-            most certain tick answers.
+            trainers do. `"mean"`: the mean of the losses of all ticks, and the last tick answers. `"two_tick"`: the CTM's
+            loss on the best and the most certain tick of every position, and the most certain tick answers.
+        ponder_cost: lambda >= 0: this times the expected ticks of a soft stopping rule is added to the loss, which the
+            model then computes itself; 0 asks for nothing.
 
     Example:
         >>> config = KarlaConfig(ctm_num_ticks=4)
@@ -118,6 +120,7 @@ class KarlaConfig(PreTrainedConfig):
     certainty_threshold: float | int | None = None
     certainty_candidates: int = 64
     tick_loss: str = "last"
+    ponder_cost: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -209,8 +212,10 @@ class KarlaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`certainty_threshold` is {self.certainty_threshold}; give a number from 0 to 1, or None to never stop."
             )
-        if self.tick_loss not in ("two_tick", "last"):
-            raise ValueError(f"`tick_loss` is {self.tick_loss!r}; give 'two_tick' or 'last'.")
+        if self.tick_loss not in ("last", "mean", "two_tick"):
+            raise ValueError(f"`tick_loss` is {self.tick_loss!r}; give 'last', 'mean' or 'two_tick'.")
+        if not 0.0 <= self.ponder_cost < float("inf"):
+            raise ValueError(f"`ponder_cost` is {self.ponder_cost}; give 0 or more.")
         layers = getattr(self.text_config, "num_hidden_layers", None)
         if layers is None or self.ctm_source_layers is None:
             return
@@ -218,6 +223,11 @@ class KarlaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`ctm_source_layers` is {self.ctm_source_layers}; give layers from 0 (embeddings) to {layers}."
             )
+
+    @property
+    def computes_own_loss(self) -> bool:
+        """Whether the loss looks at more ticks than the one that answers, so that the model must compute it itself."""
+        return self.tick_loss != "last" or self.ponder_cost > 0
 
     def _at_least(self, name: str, least: int) -> None:
         if not isinstance(getattr(self, name), int):
@@ -239,7 +249,9 @@ def check_config_keys(keys) -> None:
         >>> check_config_keys(["ctm_num_ticks"])
     """
     fields = {
-        name for name in KarlaConfig.__annotations__ if name.startswith(("engram_", "ctm_", "certainty_", "tick_"))
+        name
+        for name in KarlaConfig.__annotations__
+        if name.startswith(("engram_", "ctm_", "certainty_", "tick_", "ponder_"))
     }
     unknown = sorted(set(keys) - fields)
     if unknown:

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention_karla import SourceMemory, WindowBlocks
 from .bitlinear_karla import BitLinear
@@ -47,6 +46,15 @@ class Thought(NamedTuple):
     alpha: torch.Tensor | None = None
     stream: torch.Tensor | None = None
     writes: torch.Tensor | None = None
+
+    def keep(self, rows: torch.Tensor) -> Thought:
+        """The state of the positions `rows` [n'] int64 alone."""
+        z, alpha, stream, writes = (
+            part if part is None else part.index_select(0, rows)
+            for part in (self.z, self.alpha, self.stream, self.writes)
+        )
+        history = self.history and [signal.index_select(1, rows) for signal in self.history]
+        return Thought(z, history, alpha, stream, writes)
 
 
 class Fixed(NamedTuple):
@@ -98,6 +106,8 @@ class KarlaHead(nn.Module):
             self.stream_out = BitLinear(size, width, norm=False, packed=packed)
             self.stream_in = BitLinear(width, config.ctm_stream_size, packed=packed)
             self.stream_write = BitLinear(config.ctm_stream_size, width, norm=False, packed=packed)
+        for layer in self.zero_initialised:
+            layer.starts_at_zero = True
 
     @property
     def zero_initialised(self) -> list[BitLinear]:
@@ -106,37 +116,52 @@ class KarlaHead(nn.Module):
             layer for layer in (getattr(self, "up", None), getattr(self, "stream_write", None)) if layer is not None
         ]
 
+    def quantized(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The ternary weights of a tick as they are now, by name, to pass to several calls of `forward`."""
+        return {
+            name: layer.quantized_weight() for name, layer in self.named_children() if isinstance(layer, BitLinear)
+        }
+
     def forward(
         self,
         state: torch.Tensor,
         blocks: WindowBlocks,
         num_ticks: int,
-        on_tick: Callable[[int, torch.Tensor], bool] | None = None,
+        on_tick: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+        layers: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
-        """Think about every position for `num_ticks` ticks.
+        """Think about every position for `num_ticks` ticks, or until it has its answer.
 
         Args:
             state: [B, T', D] what is known before thinking. Not modified.
             blocks: keys and values of the T' positions.
             num_ticks: S >= 1.
-            on_tick: called after every tick with its number (from 1) and delta [B, T', D]; True ends the thought.
+            on_tick: called after every tick with its number (from 1) and delta [n, D] of the positions that still think,
+                at first all B * T'. Returns which of them go on, ascending, as an index [n'] int64; None for all.
+            layers: `quantized()`, computed here if None.
 
         Returns:
-            delta [B, T', D] of the last tick.
+            delta [n, D] of the last tick, of the positions that thought it.
         """
-        layers = {n: layer.quantized_weight() for n, layer in self.named_children() if isinstance(layer, BitLinear)}
+        layers, shape = layers or self.quantized(), state.shape[:2]
         fixed = Fixed(blocks, layers, *(self.sync.schedule(num_ticks) if self.has_neurons else ()))
         thinking = torch.inference_mode if not torch.is_grad_enabled() else contextlib.nullcontext
         with thinking():
             thought = self._begin(state.reshape(-1, state.shape[-1]), layers)
         for tick in range(1, num_ticks + 1):
             with thinking():
-                thought = self._run(thought, fixed, tick, state.shape[:2])
+                thought = self._tick(thought, fixed, tick, shape)
                 if on_tick is None and tick < num_ticks:
                     continue
-                delta = self._answer(thought, fixed, tick).view(state.shape)
-            if on_tick is not None and on_tick(tick, delta):
+                delta = self._answer(thought, fixed, tick)
+            going = None if on_tick is None else on_tick(tick, delta)
+            if going is None or tick == num_ticks:
+                continue
+            if not len(going):
                 break
+            with thinking():
+                thought, fixed = thought.keep(going), fixed._replace(blocks=fixed.blocks.keep(going))
+            shape = (len(going), 1)
         return delta
 
     def _begin(self, state: torch.Tensor, layers: dict) -> Thought:
@@ -149,12 +174,7 @@ class KarlaHead(nn.Module):
             thought = thought._replace(stream=state, writes=torch.zeros_like(state))
         return thought
 
-    def _run(self, thought: Thought, fixed: Fixed, tick: int, shape: torch.Size) -> Thought:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._tick, thought, fixed, tick, shape, use_reentrant=False)
-        return self._tick(thought, fixed, tick, shape)
-
-    def _tick(self, thought: Thought, fixed: Fixed, tick: int, shape: torch.Size) -> Thought:
+    def _tick(self, thought: Thought, fixed: Fixed, tick: int, shape: tuple[int, int]) -> Thought:
         queries = []
         if self.has_neurons:
             action = self._synchronised(thought, fixed, tick - 1).chunk(2, dim=1)[0]

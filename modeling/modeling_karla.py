@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from .answers_karla import recall
-from .attention_karla import cut_blocks
 from .backbone_karla import load_backbone, load_tokenizer, quantization_config, resolve_backbone, split_backbone
 from .bitlinear_karla import set_packed
 from .cache_karla import KarlaCacheLayer, karla_layer
-from .certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
+from .certainty_karla import certainty
 from .configuration_karla import KarlaConfig, check_config_keys
 from .engram_karla import new_engram
+from .generating_karla import KarlaGenerationMixin
 from .head_karla import KarlaHead
 from .layer_engram_karla import LayerEngram
+from .losses_karla import TickJudge
 from .memory_karla import KarlaMemoryMixin, tokenizer_hash
 from .pretrained_karla import (
     KarlaCausalLMOutput,
@@ -33,7 +34,8 @@ from .pretrained_karla import (
     finish_logits,
     logit_scale,
 )
-from .sentences_karla import NO_TOKEN, sentence_boundaries
+from .sentences_karla import sentence_boundaries
+from .thinking_karla import Plan, Sources, think
 from .vocabulary_karla import compress_vocabulary
 from .words_karla import Lexicon
 
@@ -100,6 +102,7 @@ class KarlaModel(KarlaPreTrainedModel):
         max_ticks: int | None = None,
         certainty_threshold: float | None = None,
         all_ticks: bool = False,
+        judge: TickJudge | None = None,
         **kwargs: Any,
     ) -> KarlaModelOutput:
         """Run the backbone, add what the memory knows, and think.
@@ -116,6 +119,7 @@ class KarlaModel(KarlaPreTrainedModel):
             max_ticks: S >= 1 for this call; None takes the configuration's.
             certainty_threshold: in [0, 1], for this call; None takes the configuration's.
             all_ticks: return the changes after every tick and stop at none.
+            judge: return the losses of all ticks by its labels, and stop at none.
             kwargs: ignored.
 
         Raises:
@@ -153,70 +157,58 @@ class KarlaModel(KarlaPreTrainedModel):
             )
         length = input_ids.shape[1]
         keep = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else length
-        blocks, history = self._remember(input_ids, attention_mask, out, past_key_values, past, keep)
+        plan = self._plan(max_ticks, certainty_threshold, all_ticks, judge)
+        sources = self._sources(input_ids, attention_mask, out, past_key_values, past)
+        history = torch.cat([part for part in (sources.cached.values, sources.token_ids) if part is not None], dim=1)
         hidden = out.last_hidden_state[:, -keep:]
         state = hidden + recall(self.memory, history, keep).to(hidden)
-        delta, ticks_used, sure, deltas = self._think(state, blocks, max_ticks, certainty_threshold, all_ticks)
+        projection = self.output_projection() if plan.measures else None
+        thoughts = think(self.ctm, state, sources, self.config.ctm_window, plan, projection)
         return KarlaModelOutput(
-            last_hidden_state=state + delta.to(state.dtype),
+            last_hidden_state=thoughts.state,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=out.hidden_states if output_hidden_states else None,
-            ticks_used=ticks_used,
-            certainty=sure,
-            tick_deltas=deltas,
+            ticks_used=thoughts.ticks_used,
+            certainty=thoughts.certainty,
+            tick_deltas=thoughts.deltas,
+            tick_losses=thoughts.losses,
+            logits=thoughts.logits if logit_scale(self.config.text_config) == 1.0 else None,
         )
 
     def cache_layer(self, cache: Cache, past: int) -> KarlaCacheLayer:
         """This model's layer of a cache, appended if the cache held nothing (`past` 0) before."""
         if self.layer_engram is not None:
             self.layer_engram.cache_layer(cache, past)
-        reach = max(self.config.ctm_window - 1, self.memory.reach)
-        return karla_layer(cache, keep=reach, slack=self.config.ctm_window, past=past)
+        return karla_layer(cache, keep=self._reach, slack=self.config.ctm_window, past=past)
 
-    def _remember(self, input_ids, attention_mask, out, cache, past, keep):
-        """Keys and values for the head and token history for the memory, of the new positions and what they reach."""
+    @property
+    def _reach(self) -> int:
+        """Positions before a new one that head and memory look at."""
+        return max(self.config.ctm_window - 1, self.memory.reach)
+
+    def _sources(self, input_ids, attention_mask, out, cache, past) -> Sources:
+        """What the head's keys and values are made of, and the token history."""
         batch, length = input_ids.shape
-        layers = [out.last_hidden_state if i == len(out.hidden_states) - 1 else out.hidden_states[i] for i in
-                  self.config.ctm_source_layers]  # fmt: skip
-        sources = torch.stack(layers, dim=2).to(self.ctm.memory.registers.dtype)
+        last = len(out.hidden_states) - 1
+        layers = [out.last_hidden_state if i == last else out.hidden_states[i] for i in self.config.ctm_source_layers]
         if attention_mask is None:
-            positions = torch.arange(past, past + length, device=sources.device).expand(batch, -1)
+            positions = torch.arange(past, past + length, device=layers[0].device).expand(batch, -1)
         else:  # padding takes no position, so that registers see a padded text as the text alone
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        keys_values = self.ctm.memory(sources, positions)
         mask = None if attention_mask is None else attention_mask[:, -length:]
-        history = self.memory.history_ids(input_ids, mask)
-        if cache is not None:
-            keys_values, history = self.cache_layer(cache, past).update(keys_values, history)
-        valid = (history != NO_TOKEN).to(keys_values.device)
-        registers = self.ctm.memory.registers
-        return cut_blocks(keys_values, valid, registers, positions[:, -keep:], self.config.ctm_window), history
+        cached = KarlaCacheLayer(self._reach, slack=0) if cache is None else self.cache_layer(cache, past)
+        return Sources(layers, positions, self.memory.history_ids(input_ids, mask), cached)
 
-    def _think(self, state, blocks, max_ticks, threshold, all_ticks):
-        """Delta, ticks used, certainty and, if asked for, the deltas of all ticks."""
+    def _plan(self, max_ticks, threshold, all_ticks, judge) -> Plan:
         config = self.config
         ticks = config.ctm_num_ticks if max_ticks is None else max_ticks
         if ticks < 1:
             raise ValueError(f"max_ticks is {ticks}; give 1 or more.")
         threshold = config.certainty_threshold if threshold is None else threshold
-        state = state.to(blocks.keys.dtype)
-        used = torch.full(state.shape[:2], ticks, dtype=torch.int64, device=state.device)
-        if all_ticks:
-            deltas: list[torch.Tensor] = []
-            delta = self.ctm(state, blocks, ticks, lambda tick, delta: deltas.append(delta))
-            return delta, used, None, torch.stack(deltas)
-        if threshold is None and config.tick_loss == "last":
-            return self.ctm(state, blocks, ticks), used, None, None
-        flat = state.detach().flatten(0, 1)
-        candidates = Candidates(flat, *self.output_projection(), config.certainty_candidates)
-        rule = StoppingRule(candidates, state.flatten(0, 1), threshold, config.tick_loss == "two_tick")
-        if not bool(rule.done.all()):
-            self.ctm(state, blocks, ticks, rule)
-        shape = state.shape[:2]
-        return rule.delta.view_as(state), rule.ticks_used.view(shape), rule.certainty.view(shape), None
+        return Plan(ticks, threshold, config.tick_loss == "two_tick", all_ticks, config.certainty_candidates, judge)
 
 
-class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
+class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, KarlaGenerationMixin):
     """Karla with the backbone's frozen output layer: generates, trains, and reads.
 
     Args:
@@ -361,7 +353,9 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
 
         Other arguments are those of `KarlaModel.forward`.
         """
-        two_tick = labels is not None and self.config.tick_loss == "two_tick" and self.training
+        judge = None
+        if labels is not None and self.training and self.config.computes_own_loss:
+            judge = self._judge(labels, certainty_threshold)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -373,14 +367,17 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
             logits_to_keep=0 if labels is not None else logits_to_keep,
             max_ticks=max_ticks,
             certainty_threshold=certainty_threshold,
-            all_ticks=two_tick,
+            judge=judge,
         )
         keep = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = finish_logits(self.lm_head(out.last_hidden_state[:, keep]), self.config.text_config)
-        loss = None
-        if two_tick:
-            loss = self._two_tick_loss(out, labels, num_items_in_batch)
-        elif labels is not None:
+        logits = loss = None
+        if judge is not None:
+            count = (judge.labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = out.tick_losses.sum() / count
+        else:
+            logits = self.lm_head(out.last_hidden_state[:, keep]) if out.logits is None else out.logits[:, keep]
+            logits = finish_logits(logits, self.config.text_config)
+        if labels is not None and judge is None:
             loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
         sure = None if out.certainty is None else out.certainty[:, keep]
         if sure is None and not self.training:
@@ -395,23 +392,11 @@ class KarlaForCausalLM(KarlaMemoryMixin, KarlaPreTrainedModel, GenerationMixin):
             certainty=sure,
         )
 
-    def _two_tick_loss(self, out, labels, num_items_in_batch):
-        used = labels[:, 1:] != -100
-        deltas = out.tick_deltas[:, :, :-1]
-        state = out.last_hidden_state[:, :-1] - deltas[-1]
-        state = state if self.backbone_trains else state.detach()
-        losses = two_tick_loss(
-            state[used], deltas[:, used], labels[:, 1:][used], *self.model.output_projection(),
-            self.config.certainty_candidates,
-        )  # fmt: skip
-        return losses.sum() / (used.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and len(cache.layers) >= self.config.text_config.num_hidden_layers:
-            # up front, so that a static cache knows from the first step that this layer cannot be compiled
-            self.model.cache_layer(cache, past=int(cache.get_seq_length()))
+    def _judge(self, labels: torch.Tensor, threshold: float | None) -> TickJudge:
+        """What judges all ticks of every position by the token that follows."""
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        threshold = self.config.certainty_threshold if threshold is None else threshold
+        return TickJudge(self.config, following, *self.model.output_projection(), threshold)
 
     def _closed_states(self, input_ids, attention_mask):
         with self.trained_rows(input_ids, attention_mask):

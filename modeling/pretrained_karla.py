@@ -33,6 +33,8 @@ class KarlaModelOutput(ModelOutput):
         ticks_used: [B, N] int64 ticks of the answers.
         certainty: [B, N] float32 in [0, 1]; None unless a rule measured it.
         tick_deltas: [S, B, N, D] changes after every tick, if `all_ticks`.
+        tick_losses: [B, N] losses of what was judged; None without a judge.
+        logits: [B, N, V] the output layer's result, where it is known already because no position thought.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -41,6 +43,8 @@ class KarlaModelOutput(ModelOutput):
     ticks_used: torch.LongTensor | None = None
     certainty: torch.FloatTensor | None = None
     tick_deltas: torch.FloatTensor | None = None
+    tick_losses: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -49,7 +53,7 @@ class KarlaCausalLMOutput(ModelOutput):
 
     Attributes:
         loss: mean loss in nats, if labels were given.
-        logits: [B, N, V].
+        logits: [B, N, V]; None while the model trains with a loss over several ticks.
         past_key_values: the cache.
         hidden_states: the backbone's, if asked for.
         ticks_used: [B, N] int64 ticks of the answers.
@@ -85,12 +89,12 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
                 init.uniform_(module.start_state, -bound, bound)
                 bound = sum(module.start_history.shape) ** -0.5
                 init.uniform_(module.start_history, -bound, bound)
-            for layer in module.zero_initialised:
-                if not layer.is_packed:
-                    init.zeros_(layer.weight)
         elif isinstance(module, BitLinear) and not module.is_packed:
-            bound = module.in_features**-0.5
-            init.uniform_(module.weight, -bound, bound)
+            if getattr(module, "starts_at_zero", False):
+                init.zeros_(module.weight)
+            else:
+                bound = module.in_features**-0.5
+                init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, HashedRows):
             init.normal_(module.weight, std=0.02)
         elif isinstance(module, RowGate):

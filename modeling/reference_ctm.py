@@ -155,6 +155,34 @@ def naive_certainty(logits: list[float]) -> float:
     return 1.0 - entropy / math.log(len(logits))
 
 
+def naive_halting_tick(certainties: list[float], threshold: float) -> int:
+    """The first tick whose certainty reaches the threshold, tick 0 (no thought) included, or the last one.
+
+    Example:
+        >>> naive_halting_tick([0.1, 0.7, 0.9], 0.7), naive_halting_tick([0.1, 0.2, 0.3], 0.7)
+        (1, 2)
+    """
+    for tick, sure in enumerate(certainties):
+        if sure >= threshold:
+            return tick
+    return len(certainties) - 1
+
+
+def naive_expected_ticks(certainties: list[float], threshold: float, width: float) -> float:
+    """Sum over ticks of tick times the probability to stop there: at t with lambda_t unless before; at the last surely.
+
+    Example:
+        >>> naive_expected_ticks([0.5, 0.5, 0.5], 0.5, 0.1)
+        0.75
+    """
+    going, expected = 1.0, 0.0
+    for tick, sure in enumerate(certainties[:-1]):
+        stops = 1 / (1 + math.exp((threshold - sure) / width))
+        expected += tick * going * stops
+        going *= 1 - stops
+    return expected + (len(certainties) - 1) * going
+
+
 def naive_two_tick_loss(
     state: torch.Tensor,
     deltas: torch.Tensor,

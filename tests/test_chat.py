@@ -14,7 +14,7 @@ from tiny import CHAT_TEMPLATE, files_in, make_tokenizer, save_backbone, save_ka
 
 from karla_hf.chat import ChatSession, _PieceStreamer
 from karla_hf.checkpoints import load_checkpoint
-from karla_hf.terminal import run_chat
+from karla_hf.terminal import heat_strip, run_chat
 
 
 LONG = "The access code of Brivo's vault number 7 is 123-456. " * 8
@@ -100,10 +100,34 @@ def test_ticks_are_set_and_used(session):
     assert session.set_ticks("") == session.model.config.ctm_num_ticks
     assert session.set_ticks("7") == 7
     assert session.answer("The mill of", ignore).ticks == 7
+    for wrong in ("-0.1", "two", "1.5", "nan"):
+        with pytest.raises(ValueError, match="takes a number from 0 to 1"):
+            session.set_threshold(wrong)
     for wrong in ("0", "-1", "two", "1.5", "²"):
         with pytest.raises(ValueError, match="takes a whole number from 1"):
             session.set_ticks(wrong)
     assert session.set_ticks("") == 7
+
+
+def test_ticks_of_every_token_are_shown(session, monkeypatch):
+    ids = session.tokenizer("Hi", return_tensors="pt").input_ids
+    sure = session.model(ids, use_cache=False).certainty[0, -1].item()
+    lines = ["/certainty", f"/certainty {sure + 0.02}", "Hi", "/certainty 0", "Hi"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    out = io.StringIO()
+    run_chat(session, Console(file=out, width=300))
+    shown = out.getvalue().splitlines()
+    assert shown[0] == "every token gets all its ticks"
+    assert shown[1] == f"thoughts end at certainty {sure + 0.02:g}"
+    assert shown[-1].split(" · ")[1] == "0.0 ticks per token"
+    strips = [line for line in shown if line.startswith("ticks ")]
+    assert all(set(strip[6:]) <= set("·▁▂▃▄▅▆▇█") for strip in strips)
+    session.messages.clear()
+    session.set_threshold(str(sure + 0.02))
+    answer = session.answer("Hi", ignore)
+    assert len(answer.ticks_used) == answer.tokens
+    assert sum(answer.ticks_used) / answer.tokens == pytest.approx(answer.ticks)
+    assert strips == ([f"ticks {heat_strip(answer.ticks_used)}"] if len(set(answer.ticks_used)) > 1 else [])
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(session):
@@ -210,7 +234,7 @@ def test_the_terminal_shows_errors_and_goes_on(session, tmp_path, monkeypatch):
         "There is no command '/go'; /help lists them.",
         "/ticks takes a whole number from 1, but was given 'x'.",
     ]
-    assert {"/read", "/forget", "/ticks", "/help", "/quit"} <= {line.split()[0] for line in shown[6:12]}
+    assert {"/read", "/forget", "/ticks", "/certainty", "/help", "/quit"} <= {line.split()[0] for line in shown[6:13]}
     assert "2 ticks per token" in shown
     assert re.fullmatch(r"\d+ tokens · 2\.0 ticks per token · certainty [01]\.\d\d · [\d.]+ tokens/s", shown[-1])
     assert session.messages[0]["content"] == "Hi"

@@ -46,7 +46,7 @@ def test_recall_is_greedy_generation_of_one_fact_at_a_time(karla, tokenizer, bar
     facts = make_facts(20)
     result = exact_recall(model, tokenizer, facts, progress=False)
     for fact, said, hit in zip(facts, result.generated, result.hits, strict=True):
-        prompt, answer = evaluation._tokens_of(fact, tokenizer)
+        prompt, answer = evaluation.answer_tokens(fact, tokenizer)
         expected = greedy_by_hand(model, prompt, len(answer))
         assert said == tokenizer.decode(expected)
         assert hit == (expected == answer)
@@ -91,7 +91,7 @@ def test_settings_of_the_checkpoint_do_not_touch_recall(karla, tokenizer):
     plain = karla.generation_config
     karla.generation_config = copy.deepcopy(plain)
     settings = karla.generation_config
-    answer = evaluation._tokens_of(facts[0], tokenizer)[1]
+    answer = evaluation.answer_tokens(facts[0], tokenizer)[1]
     settings.update(repetition_penalty=9.0, do_sample=True, temperature=9.0, eos_token_id=answer[0])
     try:
         assert exact_recall(karla, tokenizer, facts, progress=False) == expected
@@ -111,12 +111,12 @@ def test_measuring_keeps_the_mode_of_the_model(karla, tokenizer):
 
 def test_answers_are_tokenised_as_they_follow_the_prompt(tokenizer):
     joined = Fact("The mill of Brivo", " was founded.", "own")
-    prompt, answer = evaluation._tokens_of(joined, tokenizer)
+    prompt, answer = evaluation.answer_tokens(joined, tokenizer)
     assert tokenizer.decode(prompt + answer) == joined.text
     # Where the sentence has one token across the border, prompt and answer are taken by themselves.
     (the,) = tokenizer.encode("The")
     across = Fact("T", "he", "own")
-    assert evaluation._tokens_of(across, tokenizer) == (tokenizer.encode("T"), tokenizer.encode("he"))
+    assert evaluation.answer_tokens(across, tokenizer) == (tokenizer.encode("T"), tokenizer.encode("he"))
     assert tokenizer.encode(across.text) == [the]
 
 

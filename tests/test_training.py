@@ -183,7 +183,7 @@ def test_only_the_head_changes(backbone, tmp_path, tick_loss):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("tick_loss", ["last", "two_tick"])
+@pytest.mark.parametrize("tick_loss", ["last", "mean", "two_tick"])
 def test_loss_of_the_trainer_is_the_models_own(backbone, tmp_path, tick_loss, accumulation):
     model = talking_karla(backbone, tick_loss=tick_loss)
     trainer = make_trainer(
@@ -298,7 +298,7 @@ def test_recipe_cannot_reshape_a_trained_karla(recipe, tmp_path):
             {"ctm_num_ticks": "four"},
             r"cannot be used: Field 'ctm_num_ticks' expected int, got str \(value: 'four'\)\.$",
         ),
-        ({"tick_loss": "first"}, r"`tick_loss` is 'first'; give 'two_tick' or 'last'\.$"),
+        ({"tick_loss": "first"}, r"`tick_loss` is 'first'; give 'last', 'mean' or 'two_tick'\.$"),
         ({"backbone_quantization": "int3"}, r"quantization is 'int3'; give None, 'nf4', 'int8' or a dict"),
     ],
 )

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karla_hf.modeling.certainty_karla import Candidates, StoppingRule, certainty, two_tick_loss
+from karla_hf.modeling.certainty_karla import Candidates, StoppingRule, certainty
+from karla_hf.modeling.losses_karla import two_tick_loss
 from karla_hf.modeling.reference_ctm import naive_certainty, naive_two_tick_loss
 
 
@@ -39,10 +40,11 @@ def offline(state, deltas, weight, bias, threshold, most_certain, count=COUNT):
 
 def online(state, deltas, weight, bias, threshold, most_certain, count=COUNT):
     rule = StoppingRule(Candidates(state, weight, bias, count), state, threshold, most_certain)
+    rows = rule.thinking
     for tick, delta in enumerate(deltas, start=1):
-        if rule.done.all() or rule(tick, delta):
-            break
-    return rule.ticks_used, rule.certainty, rule.delta
+        going = rule(tick, delta[rows])
+        rows = rows if going is None else rows[going]
+    return rule.ticks_used, rule.certainty, rule.answer(state)
 
 
 @pytest.mark.parametrize("size", [2, 3, 64])

@@ -152,7 +152,7 @@ MISTAKES = {
         "`certainty_threshold` is 1.5; give a number from 0 to 1, or None to never stop.",
     ),
     "threshold below 0": ({"certainty_threshold": -0.1}, "`certainty_threshold` is -0.1; give a number from 0 to 1"),
-    "other loss": ({"tick_loss": "first"}, "`tick_loss` is 'first'; give 'two_tick' or 'last'."),
+    "other loss": ({"tick_loss": "first"}, "`tick_loss` is 'first'; give 'last', 'mean' or 'two_tick'."),
     "layer beyond the last": (
         {"ctm_source_layers": [0, 7]},
         "`ctm_source_layers` is [0, 7]; give layers from 0 (embeddings) to 6.",

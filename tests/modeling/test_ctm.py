@@ -6,10 +6,13 @@ from torch import nn
 from transformers import LlamaConfig
 
 from karla_hf import KarlaConfig
+from karla_hf.modeling import thinking_karla
 from karla_hf.modeling.attention_karla import cut_blocks
 from karla_hf.modeling.bitlinear_karla import set_packed
+from karla_hf.modeling.cache_karla import KarlaCacheLayer
 from karla_hf.modeling.head_karla import KarlaHead
 from karla_hf.modeling.reference_ctm import naive_head
+from karla_hf.modeling.thinking_karla import Plan, Sources, think
 
 
 WIDTH, SOURCES, WINDOW, TICKS = 12, 2, 4, 4
@@ -57,8 +60,15 @@ def fast_deltas(head, sources, states, positions, valid, window=WINDOW, num_tick
     keys_values = head.memory(sources, positions)
     blocks = cut_blocks(keys_values, valid, head.memory.registers, positions[:, -states.shape[1] :], window)
     deltas = []
-    head(states, blocks, num_ticks, lambda tick, delta: deltas.append(delta))
+    head(states, blocks, num_ticks, lambda tick, delta: deltas.append(delta.view(states.shape)))
     return torch.stack(deltas)
+
+
+def thought_deltas(head, sources, states, positions, valid, window=WINDOW, num_ticks=TICKS):
+    """The same through `think`, which cuts positions into chunks."""
+    ids = valid.long() - 1
+    sources = Sources(list(sources.unbind(2)), positions, ids, KarlaCacheLayer(window - 1, 0))
+    return think(head, states.clone(), sources, window, Plan(num_ticks, None, False, True, 2)).deltas
 
 
 def naive_deltas(head, sources, states, positions, valid, window=WINDOW, num_ticks=TICKS):
@@ -94,17 +104,28 @@ def test_every_window_equals_naive(window):
         assert_close(fast_deltas(head, *arguments, window), naive_deltas(head, *arguments, window))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 7, 64])
+@pytest.mark.parametrize("length", [1, 5, 9])
+def test_chunks_equal_naive(monkeypatch, size, length):
+    monkeypatch.setattr(thinking_karla, "CHUNK", {"cpu": size})
+    head, arguments = make_head(), inputs(3, 9, length, padding=3)
+    with torch.no_grad():
+        assert_close(thought_deltas(head, *arguments), naive_deltas(head, *arguments))
+
+
+@pytest.mark.parametrize("size", [None, 1, 4, 8])
 @pytest.mark.parametrize("part", ["both", "neurons only", "stream only"])
-def test_gradients_equal_naive(part, checkpointing):
+def test_gradients_equal_naive(monkeypatch, part, size):
+    """Without checkpointing, and with chunks of `size` positions whose ticks are thought again."""
     head, (sources, states, positions, valid) = make_head(**PARTS[part]).train(), inputs(2, 6, 5, padding=1)
-    head.gradient_checkpointing = checkpointing
+    head.gradient_checkpointing = size is not None
+    monkeypatch.setattr(thinking_karla, "TRAINED_TICKS", TICKS * (size or 1))
     sources.requires_grad_()
     states.requires_grad_()
     direction = torch.randn(TICKS, *states.shape, dtype=torch.float64)
     variables = {"sources": sources, "states": states, **dict(head.named_parameters())}
     gradients = []
-    for deltas in (fast_deltas, naive_deltas):
+    for deltas in (thought_deltas, naive_deltas):
         loss = (deltas(head, sources, states, positions, valid) * direction).sum()
         gradients.append(torch.autograd.grad(loss, list(variables.values())))
     for name, ours, theirs in zip(variables, *gradients, strict=True):
@@ -117,7 +138,9 @@ def test_gradient_of_the_last_tick_alone_equals_naive():
     sources, states, positions, valid = arguments
     direction = torch.randn_like(states)
     blocks = cut_blocks(head.memory(sources, positions), valid, head.memory.registers, positions, WINDOW)
-    ours = torch.autograd.grad((head(states, blocks, TICKS) * direction).sum(), list(head.parameters()))
+    ours = torch.autograd.grad(
+        (head(states, blocks, TICKS).view_as(states) * direction).sum(), list(head.parameters())
+    )
     theirs = torch.autograd.grad((naive_deltas(head, *arguments)[-1] * direction).sum(), list(head.parameters()))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
@@ -129,10 +152,10 @@ def test_checkpointing_keeps_less_and_changes_nothing():
     for head.gradient_checkpointing in (False, True):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
-            deltas = fast_deltas(head, *arguments, num_ticks=12)
+            deltas = thought_deltas(head, *arguments, num_ticks=12)
         results.append((sum(kept), deltas.detach(), *torch.autograd.grad(deltas.square().sum(), head.parameters())))
     (plain, *expected), (saved, *found) = results
-    assert saved < plain / 2
+    assert saved < plain / 10
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
@@ -150,7 +173,9 @@ def test_head_stops_when_it_is_told_to():
     blocks = cut_blocks(head.memory(sources, positions), valid, head.memory.registers, positions, WINDOW)
     seen = []
     with torch.no_grad():
-        last = head(states, blocks, 9, lambda tick, delta: seen.append(delta) or tick == 2)
+        last = head(
+            states, blocks, 9, lambda tick, delta: seen.append(delta) or (torch.tensor([]) if tick == 2 else None)
+        )
         assert len(seen) == 2
         assert torch.equal(last, seen[1])
         assert torch.equal(head(states, blocks, 2), last)
