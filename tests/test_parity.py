@@ -90,4 +90,4 @@ def test_recipe_says_how_to_run_it(path):
 def test_length_eight_is_solved_and_carries_over_to_unseen_sequences(tmp_path):
     result = train(RECIPES / "length8.yaml", ["--output_dir", str(tmp_path)])
     assert result["bits_trained_on"] >= 0.99
-    assert result["bits"] >= 0.96
+    assert result["bits"] >= 0.99
