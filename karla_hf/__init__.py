@@ -4,7 +4,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from karla_hf import kernel
 from karla_hf.backbones import load_backbone, load_tokenizer
+from karla_hf.modeling.configuration_ctm import CtmConfig
 from karla_hf.modeling.configuration_karla import KarlaConfig
+from karla_hf.modeling.modeling_ctm import CtmModel
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM, KarlaModel
 from karla_hf.modeling.reading_karla import ReadReport
 
@@ -12,6 +14,8 @@ from karla_hf.modeling.reading_karla import ReadReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "CtmConfig",
+    "CtmModel",
     "KarlaConfig",
     "KarlaForCausalLM",
     "KarlaModel",
@@ -23,4 +27,6 @@ __all__ = [
 AutoConfig.register("karla", KarlaConfig, exist_ok=True)
 AutoModel.register(KarlaConfig, KarlaModel, exist_ok=True)
 AutoModelForCausalLM.register(KarlaConfig, KarlaForCausalLM, exist_ok=True)
+AutoConfig.register("ctm", CtmConfig, exist_ok=True)
+AutoModel.register(CtmConfig, CtmModel, exist_ok=True)
 kernel.register()

@@ -137,7 +137,14 @@ def _suits(head, blocks: WindowBlocks) -> bool:
     keys = blocks.keys
     if not keys.is_cpu or keys.dtype != torch.float32 or blocks.mask.shape[2] > 1 or len(keys) > MAX_POSITIONS:
         return False
-    return not head.has_neurons or head.neurons.weight_out.shape[2] <= MAX_HIDDEN
+    return not head.has_neurons or _two_layers(head.neurons)
+
+
+def _two_layers(models: NeuronModels) -> bool:
+    """Whether these are the neuron models of the kernel: two layers, no temperatures, no dropout."""
+    if models.temperature is not None or (models.dropout and models.training):
+        return False
+    return hasattr(models, "weight_out") and models.weight_out.shape[2] <= MAX_HIDDEN
 
 
 def compiled_ticks(head, thought, fixed, first: int, ticks: int):

@@ -1,5 +1,7 @@
 """Ticks in one compiled call equal the loop in torch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import OPTIONS
@@ -11,7 +13,7 @@ from karla_hf.modeling.attention_karla import cut_blocks
 from karla_hf.modeling.bitlinear_karla import BitLinear, set_packed
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.ctm_karla import NeuronModels, Synchronisation
-from karla_hf.modeling.head_karla import Fixed, KarlaHead
+from karla_hf.modeling.head_karla import Fixed, KarlaHead, Thought
 from karla_hf.modeling.ticks_karla import can_tick, compiled_ticks, neuron_ticks, stream_ticks
 
 
@@ -127,7 +129,19 @@ def test_a_head_thinks_the_same(off, packed):
         for tick in range(1, 7):
             thought = head._tick(thought, fixed, tick, (3, 1))
         ours, twice, theirs = (head._answer(t, fixed, 6) for t in (at_once, in_two, thought))
+        deltas = []
+        forward = head(state, blocks, 6), head(state, blocks, 6, lambda tick, delta: deltas.append(delta))
     assert torch.equal(ours, twice)
+    assert len(deltas) == 6
+    assert all(torch.equal(ours, other) for other in (*forward, deltas[-1]))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-2 * float(theirs.abs().max()))
     assert (ours - theirs).abs().median() < 1e-2 * theirs.abs().median()
     assert compiled_ticks(head, begun, fixed, 1, 1) is None  # with grad
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 0}, {"temperature": True}, {"dropout": 0.1}])
+def test_the_kernel_leaves_other_neurons_to_torch(change):
+    blocks = make(3, 64, 4, 16, 8, 4, 2)[1]
+    head = SimpleNamespace(has_neurons=True, neurons=NeuronModels(8, 4, **{"hidden_size": 2, **change}))
+    with torch.no_grad():
+        assert compiled_ticks(head, Thought(), Fixed(blocks, {}), 1, 1) is None
