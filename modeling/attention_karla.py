@@ -128,8 +128,29 @@ def cut_blocks(
     Returns:
         The blocks.
     """
-    (batch, total), length = valid.shape, position_ids.shape[1]
-    window = min(window, total)  # no query sees more; short texts would drag empty keys along
+    window = min(window, valid.shape[1])  # no query sees more; short texts would drag empty keys along
+    cut = _cut_one if position_ids.shape[1] == 1 else _cut_many
+    keys, values, mask = cut(keys_values, valid, registers, position_ids.shape[1], window)
+    turn = rotations(position_ids, keys.shape[-1], keys.dtype)[:, :, None, None]
+    return WindowBlocks(keys, values, mask.to(keys.dtype), turn)
+
+
+def _cut_one(keys_values, valid, registers, _, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values and mask of one query each: a block is what the window holds, and nothing is masked but padding."""
+    sources, valid = keys_values.shape[4], valid[:, -window:]
+    seen = keys_values[:, :, :, -window:].flatten(3, 4)  # [B, 2, H, W * S, d]
+    always = registers.expand(len(valid), -1, -1, -1, -1)
+    keys, values = (torch.cat([always[:, i], seen[:, i]], dim=2) for i in range(2))
+    hidden = nn.functional.pad(~valid[..., None].expand(-1, -1, sources).flatten(1), (registers.shape[2], 0))
+    mask = torch.zeros(hidden.shape, device=valid.device).masked_fill_(hidden, -torch.inf)
+    return keys, values, mask[:, None, None]
+
+
+def _cut_many(
+    keys_values, valid, registers, length: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys, values and mask of any number of queries; arguments are those of `cut_blocks`."""
+    batch, total = valid.shape
     block = min(length, window)
     blocks = -(-length // block)
     reach = window - 1
@@ -146,8 +167,7 @@ def cut_blocks(
     always = registers[:, None].expand(-1, batch * blocks, -1, -1, -1)
     keys, values = torch.cat([always, cut], dim=3).unbind(0)
     mask = _band(valid.unfold(1, span, block), block, reach, keys_values.shape[4], registers.shape[2])
-    turn = rotations(position_ids, keys.shape[-1], keys.dtype)[:, :, None, None]
-    return WindowBlocks(keys, values, mask.to(keys.dtype), turn)
+    return keys, values, mask
 
 
 def _band(seen: torch.Tensor, block: int, reach: int, num_sources: int, num_registers: int) -> torch.Tensor:

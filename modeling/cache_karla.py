@@ -10,6 +10,10 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+FEW = 8  # new positions that are written behind the stored ones, where those have room
+ROOM = 64  # positions of such room
+
+
 class KarlaCacheLayer(CacheLayerMixin):
     """The last positions of every sequence.
 
@@ -30,6 +34,7 @@ class KarlaCacheLayer(CacheLayerMixin):
     def __init__(self, keep: int, slack: int):
         super().__init__()
         self.keep, self.slack, self.seen = keep, slack, 0
+        self._room: tuple | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to allocate: `update` makes the tensors."""
@@ -47,15 +52,34 @@ class KarlaCacheLayer(CacheLayerMixin):
         Returns:
             Keys and values [B, 2, H, K + T, S, d] and ids [B, K + T] with K <= `keep` earlier positions.
         """
-        keys, ids = key_states, value_states
+        keys, ids, room = key_states, value_states, None
         if self.keys is not None:
-            keys = torch.cat([self.keys, keys], dim=3)
+            keys, room = self._followed_by(keys)
             ids = torch.cat([self.values, ids], dim=1)
         self.seen += value_states.shape[1]
         stored, reach = self.keep + self.slack, self.keep + value_states.shape[1]
         self.keys, self.values = keys[:, :, :, -stored:], ids[:, -stored:]
+        self._room = room and (*room, id(self), self.keys)
         self.is_initialized = True
         return keys[:, :, :, -reach:], ids[:, -reach:]
+
+    def _followed_by(self, new: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
+        """The stored keys and values with new ones behind them, without a copy where there is room for few.
+
+        Room is what is free behind the stored ones: a buffer and the first free place. A place is written once, so what
+        was returned before stays as it is.
+        """
+        old, count = self.keys, new.shape[3]
+        if torch.is_grad_enabled() or count > FEW:
+            return torch.cat([old, new], dim=3), None
+        buffer, end, owner, stored = self._room or (old, old.shape[3], 0, None)
+        usable = torch.is_inference_mode_enabled() or not buffer.is_inference()
+        if owner != id(self) or stored is not old or buffer.shape[3] < end + count or not usable:
+            end = old.shape[3]
+            buffer = old.new_empty((*old.shape[:3], end + count + ROOM, *old.shape[4:]))
+            buffer[:, :, :, :end] = old
+        buffer[:, :, :, end : end + count] = new
+        return buffer[:, :, :, end - old.shape[3] : end + count], (buffer, end + count)
 
     def skip(self, count: int) -> None:
         """Pass over `count` new positions that no later one looks at; everything before them is forgotten."""

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from karla_hf.modeling.attention_karla import SourceMemory, cut_blocks, rotate, rotations
+from karla_hf.modeling.attention_karla import SourceMemory, _cut_many, _cut_one, cut_blocks, rotate, rotations
 
 
 HEADS, WIDTH, SOURCES, REGISTERS = 2, 4, 3, 2
@@ -148,3 +148,15 @@ def test_keys_are_rotated_values_are_not_and_each_layer_has_its_embedding():
     for source in range(SOURCES):
         expected = rotate(keys[:, :, :, source].transpose(1, 2), turn[:, :, None]).transpose(1, 2)
         assert torch.equal(found[:, 0, :, :, source], expected)
+
+
+@pytest.mark.parametrize(("total", "window"), [(1, 1), (5, 5), (9, 4), (7, 1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_query_is_cut_as_many_are(batch, total, window):
+    keys_values, always, _, _ = inputs(batch, total, 1)
+    valid = torch.rand(batch, total) < 0.7
+    for ours, theirs in zip(
+        _cut_one(keys_values, valid, always, 1, window), _cut_many(keys_values, valid, always, 1, window), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous()

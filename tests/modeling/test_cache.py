@@ -262,3 +262,51 @@ def test_layer_is_appended_once():
     cache = DynamicCache()
     first = karla_layer(cache, keep=3, slack=1)
     assert karla_layer(cache, keep=3, slack=1, past=9) is first
+
+
+class Plain(KarlaCacheLayer):
+    """The same, made of copies."""
+
+    def _followed_by(self, new):
+        return torch.cat([self.keys, new], dim=3), None
+
+
+@pytest.mark.parametrize("inference", [torch.inference_mode, torch.no_grad])
+def test_layer_with_room_equals_one_made_of_copies(inference):
+    ours, theirs, held = KarlaCacheLayer(5, 4), Plain(5, 4), []
+    with inference():
+        for step in range(200):
+            count = 9 if step % 67 == 66 else 1 + (step % 23 == 7)
+            new = torch.randn(2, 2, 1, count, 3, 2), torch.randint(9, (2, count))
+            seen, wanted = ours.update(*new), theirs.update(*new)
+            held.append((seen[0], wanted[0]))
+            assert torch.equal(seen[1], wanted[1])
+            for layer in (ours, theirs):
+                if step % 31 == 30:
+                    layer.crop(-2)
+                if step % 41 == 40:
+                    layer.reorder_cache(torch.tensor([1, 0]))
+                if step == 120:
+                    layer.reset()
+        assert all(torch.equal(seen, wanted) for seen, wanted in held)  # also long after they were returned
+
+
+@torch.no_grad()
+def test_copies_of_a_layer_part_ways():
+    layer = KarlaCacheLayer(5, 4)
+    for _ in range(3):
+        layer.update(torch.randn(1, 2, 1, 1, 3, 2), torch.zeros(1, 1, dtype=torch.int64))
+    others = [copy.copy(layer), copy.deepcopy(layer), layer.part(slice(0, 1))]
+    for number, one in enumerate([layer, *others]):
+        one.update(torch.full((1, 2, 1, 1, 3, 2), float(number)), torch.zeros(1, 1, dtype=torch.int64))
+    assert [one.keys[0, 0, 0, -1, 0, 0].item() for one in [layer, *others]] == [0, 1, 2, 3]
+    assert all(torch.equal(one.keys[:, :, :, :-1], layer.keys[:, :, :, :-1]) for one in others)
+
+
+def test_room_made_in_inference_mode_is_left_outside():
+    layer, new = KarlaCacheLayer(5, 4), (torch.ones(1, 2, 1, 1, 3, 2), torch.zeros(1, 1, dtype=torch.int64))
+    with torch.inference_mode():
+        for _ in range(3):
+            layer.update(*new)
+    with torch.no_grad():
+        assert torch.equal(layer.update(*new)[0], torch.ones(1, 2, 1, 4, 3, 2))
