@@ -109,10 +109,13 @@ def test_left_padding_changes_nothing(double, padding, given_positions, pieces):
         logits.append(out.logits)
         at += size
     together = torch.cat(logits, dim=1)
-    # without positions a Llama counts the padding, and its rotations are float32
-    bound = 1e-12 if given_positions else 1e-4
-    assert_same(together[0, padding:], double(double.texts[:1, padding:]).logits[0], bound)
-    assert_same(together[1:], double(double.texts[1:]).logits, bound)
+    alone = double(double.texts[:1, padding:]).logits[0]
+    assert_same(together[1:], double(double.texts[1:]).logits)
+    if given_positions:
+        assert_same(together[0, padding:], alone)
+    else:  # a Llama counts the padding then, and its rotations are float32, so that a few activations are rounded apart
+        assert_same(together[0, padding:], alone, bound=1e-2)
+        assert ((together[0, padding:] - alone).abs().amax(-1) > 1e-4 * alone.abs().max()).float().mean() < 0.1
 
 
 def test_right_padding_changes_nothing_before_it(double):

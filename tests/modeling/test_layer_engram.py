@@ -48,13 +48,14 @@ def trained(make_trained):
 
 
 @torch.no_grad()
-def feed(karla, ids, sizes, cache=None, mask=None):
+def feed(karla, ids, sizes, cache=None, mask=None, positions=None):
     """Logits of `ids` fed in pieces of the given sizes."""
     logits, at, cache = [], 0, DynamicCache() if cache is None else cache
     past = int(cache.get_seq_length())
     for size in sizes:
         seen = None if mask is None else mask[:, : past + at + size]
-        logits.append(karla(ids[:, at : at + size], past_key_values=cache, attention_mask=seen).logits)
+        given = {} if positions is None else {"position_ids": positions[:, at : at + size]}
+        logits.append(karla(ids[:, at : at + size], past_key_values=cache, attention_mask=seen, **given).logits)
         at += size
     return torch.cat(logits, dim=1)
 
@@ -159,10 +160,15 @@ def test_left_padding_changes_nothing(trained, random_ids, padding, pieces):
     ids = random_ids(2, 30)
     mask, padded = torch.ones_like(ids), ids.clone()
     mask[0, :padding] = padded[0, :padding] = 0
-    together = feed(trained, padded, pieces, mask=mask)
-    # a Llama counts the padding in its positions, and its rotations are float32
-    assert_same(together[0, padding:], trained(ids[:1, padding:]).logits[0], 1e-4)
+    alone = trained(ids[:1, padding:]).logits[0]
+    together = feed(trained, padded, pieces, mask=mask, positions=(mask.cumsum(-1) - 1).clamp(min=0))
+    assert_same(together[0, padding:], alone)
     assert_same(together[1], trained(ids[1:]).logits[0])
+    # Without positions a Llama counts the padding, and its rotations are float32: an activation of the head that lies
+    # near a half is rounded the other way to its eight bits, and its position is off by that.
+    off = (feed(trained, padded, pieces, mask=mask)[0, padding:] - alone).abs().amax(-1) / alone.abs().max()
+    assert off.max() < 1e-2
+    assert (off > 1e-4).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("removed", [1, 8])
