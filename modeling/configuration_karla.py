@@ -52,7 +52,7 @@ class KarlaConfig(PreTrainedConfig):
         ctm_num_ticks: S, ticks of thought per position (L2).
         ctm_hidden_size: E, width of queries, keys and values.
         ctm_num_heads: attention heads.
-        ctm_num_neurons: N, neurons of the Continuous Thought Machine; 0 leaves it out.
+        ctm_num_neurons: N, neurons of the Continuous Thought Machine beside the stream; 0, the default, leaves them out.
         ctm_history_length: M, past pre-activations that a neuron sees.
         ctm_neuron_hidden_size: hidden units of each neuron's own model.
         ctm_num_pairs: P, synchronised pairs of neurons, for queries and for the output each.
@@ -106,7 +106,7 @@ class KarlaConfig(PreTrainedConfig):
     ctm_num_ticks: int = 10
     ctm_hidden_size: int = 512
     ctm_num_heads: int = 8
-    ctm_num_neurons: int = 256
+    ctm_num_neurons: int = 0
     ctm_history_length: int = 8
     ctm_neuron_hidden_size: int = 16
     ctm_num_pairs: int = 256

@@ -1,16 +1,17 @@
-"""The head that thinks (L2): a Continuous Thought Machine beside a looped residual stream, in ternary linears.
+"""The head that thinks (L2): a residual attention + MLP block in ternary linears, looped over ticks.
 
-One tick of the Continuous Thought Machine (https://arxiv.org/abs/2505.05522), for every position on its own:
+One tick is, for every position on its own, one turn of a block whose weights are shared over ticks:
+
+    r <- r + W_o attention(W_r r)        r <- r + w_t,  w_t = W_2 SiLU(W_1 r)        delta_t = sum of w up to t
+
+Ticks, certainty and halting are those of the Continuous Thought Machine (https://arxiv.org/abs/2505.05522). Its neurons
+think beside the stream with `ctm_num_neurons` > 0:
 
     s^a_t = synchronisation of the neurons so far        q_t = W_q s^a_t        o_t = attention(q_t, keys, values)
     a_t = LayerNorm(GLU(W_syn [o_t, z_{t-1}]))           z_t = NLM_n(last M values of a_n), a small model per neuron n
-    s^o_t = synchronisation including z_t                delta_t = W_up RMSNorm(s^o_t)
+    s^o_t = synchronisation including z_t                delta_t += W_up RMSNorm(s^o_t)
 
-and beside it one turn of a residual attention + MLP block whose weights are shared over ticks:
-
-    r <- r + W_o attention(W_r r)        r <- r + w_t,  w_t = W_2 SiLU(W_1 r)        delta_t += sum of w up to t
-
-The answer is `state + delta_t`. W_up and W_2 start at zero, so a new head changes nothing. Every linear is a `BitLinear`,
+The answer is `state + delta_t`. W_2 and W_up start at zero, so a new head changes nothing. Every linear is a `BitLinear`,
 with an RMSNorm without weight on its input but for W_o and W_2; neuron models, synchronisation and start states are
 float.
 Nothing is carried from one position to the next, so prompt positions need keys and values but no ticks.

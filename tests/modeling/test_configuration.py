@@ -17,15 +17,11 @@ def config(**options) -> KarlaConfig:
     return KarlaConfig(text_config=TEXT, **options)
 
 
-def test_default_is_the_published_design():
+def test_defaults_are_those_that_are_described():
     made = config()
     assert [(f["order"], f["weight"]) for f in made.engram_families] == [(4, 0.1), (6, 0.2), (12, 0.3), (24, 0.4)]
-    assert (made.ctm_num_ticks, made.ctm_hidden_size, made.ctm_num_neurons, made.ctm_history_length) == (
-        10,
-        512,
-        256,
-        8,
-    )
+    assert (made.ctm_num_ticks, made.ctm_hidden_size, made.ctm_num_neurons, made.ctm_stream_size) == (10, 512, 0, 1024)
+    assert (made.ctm_history_length, made.ctm_neuron_hidden_size) == (8, 16)
     assert (made.engram_chunk_size, list(made.engram_update_periods), made.engram_max_rows) == (64, [1, 8, 64], None)
     assert (made.ctm_window, made.ctm_num_registers, made.tick_loss) == (128, 4, "last")
 
@@ -135,9 +131,12 @@ MISTAKES = {
         {"ctm_num_neurons": 0, "ctm_stream_size": 0},
         "`ctm_num_neurons` and `ctm_stream_size` are both 0, which leaves no head; give one of them.",
     ),
-    "no history": ({"ctm_history_length": 0}, "`ctm_history_length` is 0; give 1 or more."),
-    "no neuron units": ({"ctm_neuron_hidden_size": 0}, "`ctm_neuron_hidden_size` is 0; give 1 or more."),
-    "no pairs": ({"ctm_num_pairs": 0, "ctm_num_self_pairs": 0}, "`ctm_num_pairs` is 0; give 1 or more."),
+    "no history": ({"ctm_num_neurons": 8, "ctm_history_length": 0}, "`ctm_history_length` is 0; give 1 or more."),
+    "no neuron units": ({"ctm_num_neurons": 8, "ctm_neuron_hidden_size": 0}, "`ctm_neuron_hidden_size` is 0; give 1 or more."),
+    "no pairs": (
+        {"ctm_num_neurons": 8, "ctm_num_pairs": 0, "ctm_num_self_pairs": 0},
+        "`ctm_num_pairs` is 0; give 1 or more.",
+    ),
     "too many self pairs": (
         {"ctm_num_pairs": 8, "ctm_num_self_pairs": 9},
         "`ctm_num_self_pairs` is 9, more than `ctm_num_pairs` (8); lower it.",
