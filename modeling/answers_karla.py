@@ -161,7 +161,7 @@ def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory
         [..., D] float32 on the CPU.
     """
     asked = (cues != NO_NAME).any(-1)
-    if not bool(asked.any()) and engram.ranks.size == 1:
+    if engram.ranks.size == 1 and not _leads_somewhere(engram, cues[asked]):
         return memory
     copied = names[asked][:, [family.order >= COPY_ORDER for family in engram.families]]
     wanted = torch.cat([cues[asked], copied], dim=-1)  # [P, K + C]
@@ -181,3 +181,9 @@ def read_answers(engram: Engram, cues: torch.Tensor, names: torch.Tensor, memory
     places = tuple(part[use] for part in asked.nonzero(as_tuple=True))
     result[places] = torch.nn.functional.pad(chosen, (0, memory.shape[-1] - chosen.shape[-1]))
     return result
+
+
+def _leads_somewhere(engram: Engram, cues: torch.Tensor) -> bool:
+    """Whether any pack holds any of the cues [P, K]; those that are `NO_NAME` are held nowhere."""
+    names = cues[cues != NO_NAME].numpy()
+    return len(names) > 0 and any(pack.holds(names).any() for pack in engram.packs.values())

@@ -85,6 +85,36 @@ def name_openings(history: np.ndarray, lexicon: Lexicon) -> np.ndarray:
     return np.where(there, scramble(mixed.view(np.int64)), NO_NAME)
 
 
+def name_last_opening(history: np.ndarray, lexicon: Lexicon) -> int:
+    """The last name of `name_openings`, from the last sentence alone.
+
+    Args:
+        history: [N] int64 token ids, N >= 1, `NO_TOKEN` where there is none.
+        lexicon: see `Lexicon`.
+
+    Returns:
+        A name, or `NO_NAME`.
+    """
+    tokens = history[-HISTORY:].tolist()
+    breaks, stops, spaced = lexicon.is_break, lexicon.is_stop, lexicon.is_spaced
+    start = len(tokens)
+    if tokens[-1] == NO_TOKEN or breaks[tokens[-1]]:
+        return NO_NAME
+    while start := start - 1:
+        before = tokens[start - 1]
+        if before == NO_TOKEN or breaks[before] or (stops[before] and spaced[tokens[start], 0]):
+            break
+    if not start:
+        return NO_NAME
+    blob, begins = lexicon.squeezed
+    letters = np.concatenate([blob[begins[token] : begins[token + 1]] for token in tokens[start:]])
+    if len(letters) < LEAST_OPENING:
+        return NO_NAME
+    mixed = ((letters + np.uint64(1)) * _powers(_BASE, len(letters))).sum(keepdims=True)
+    mixed ^= np.uint64(len(letters) * 2 + int(spaced[tokens[-1], 1]))
+    return int(scramble(mixed.view(np.int64))[0])
+
+
 def _powers(base: int, count: int) -> np.ndarray:
     """base^0, base^1, ... mod 2^64, [count] uint64."""
     factors = np.full(count, base, np.uint64)
@@ -182,7 +212,7 @@ def cues_to_read(history: torch.Tensor, lexicon: Lexicon, keep: int) -> torch.Te
     names = np.full((batch, keep, 1 + MAX_SETS), NO_NAME)
     first = length - keep
     for row, ids in enumerate(history.numpy()):
-        names[row, :, 0] = name_openings(ids, lexicon)[first:]
+        names[row, :, 0] = name_last_opening(ids, lexicon) if keep == 1 else name_openings(ids, lexicon)[first:]
         openers = _openers(ids, lexicon, max(0, first - REACH + 1))
         for opener, following in itertools.pairwise([*openers, length]):
             keys = word_sets(_question(ids[max(0, opener - QUESTION + 1) : opener + 1], lexicon))[:MAX_SETS]
@@ -200,9 +230,9 @@ def _openers(ids: np.ndarray, lexicon: Lexicon, first: int) -> list[int]:
     tokens, there = np.maximum(ids, 0), ids != NO_TOKEN
     opens = lexicon.is_ask[tokens] & there
     reply = lexicon.reply.numpy()
-    if len(reply) and len(ids) >= len(reply):
-        windows = np.lib.stride_tricks.sliding_window_view(ids, len(reply))
-        opens[len(reply) - 1 :] |= (windows == reply).all(-1)
+    if len(reply):
+        for at in np.flatnonzero(ids == reply[-1]):
+            opens[at] |= np.array_equal(ids[max(0, at - len(reply) + 1) : at + 1], reply)
     requests = np.flatnonzero(lexicon.is_request[tokens] & there)
     if len(requests):
         for at in np.flatnonzero(lexicon.is_close[tokens] & there & ~opens):

@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from karla_hf.modeling.answers_karla import MARGIN, AnswerWriter, say_rows
-from karla_hf.modeling.cues_karla import HISTORY, MAX_SETS, cues_to_read, cues_to_write
+from karla_hf.modeling import answers_karla
+from karla_hf.modeling.answers_karla import MARGIN, AnswerWriter, recall, say_rows
+from karla_hf.modeling.cues_karla import (
+    HISTORY,
+    MAX_SETS,
+    cues_to_read,
+    cues_to_write,
+    name_last_opening,
+    name_openings,
+)
 from karla_hf.modeling.hashing_karla import NO_NAME
 from karla_hf.modeling.packs_karla import load_engram
 from karla_hf.modeling.reference_cues import naive_opening, naive_sets
@@ -121,6 +129,27 @@ def test_names_depend_on_the_last_tokens_alone(lexicon):
     changed = ids.clone()
     changed[:, 350:] = torch.randint(0, len(TEXTS), (3, 50))
     assert torch.equal(cues_to_read(changed, lexicon, 400 - HISTORY)[:, : 350 - HISTORY], whole[:, : 350 - HISTORY])
+
+
+def test_the_last_opening_is_that_of_all(lexicon):
+    endless = torch.tensor(encode([" Zorn"] * 300 + ["."] + [" mill"] * 199))[None]
+    for history in torch.cat([random_history(4, 500), endless]).numpy():
+        history[:9] = NO_TOKEN
+        for end in range(1, 500):
+            seen = history[max(0, end - HISTORY - end % 3) : end]
+            assert name_last_opening(seen, lexicon) == name_openings(seen, lexicon)[-1]
+
+
+def test_cues_that_lead_nowhere_change_nothing(asking, monkeypatch):
+    karla, read = asking
+    read(FACT)
+    question = torch.tensor(encode(["When", " was", " the", " mill", " of", " Zorn", "ex", "?", *REPLY]))
+    history = torch.cat([random_history(50, 60), torch.nn.functional.pad(question, (60 - len(question), 0))[None]])
+    ours = [recall(karla.engram, history, keep) for keep in (1, 9)]
+    monkeypatch.setattr(answers_karla, "_leads_somewhere", lambda *_: True)
+    for keep, said in zip((1, 9), ours, strict=True):
+        assert torch.equal(recall(karla.engram, history, keep), said)
+    assert ours[0].any(-1).sum() == 1  # only what was asked
 
 
 def test_outside_of_slots_there_are_no_sets(lexicon):

@@ -5,7 +5,7 @@ import torch
 from published import CASES, SIZES, published_state
 
 from karla_hf.modeling.published_ctm import from_published
-from karla_hf.modeling.reference_karla import naive_ctm, naive_features
+from karla_hf.modeling.reference_published_ctm import naive_ctm, naive_features
 
 
 TOKENS = {"vocab_size": 2, "feature_size": 14}

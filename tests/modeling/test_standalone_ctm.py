@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 from karla_hf.modeling.configuration_ctm import CtmConfig
 from karla_hf.modeling.ctm_karla import PairSynchronisation
 from karla_hf.modeling.modeling_ctm import CtmModel, ctm_certainties, ctm_loss
-from karla_hf.modeling.reference_karla import naive_ctm, naive_ctm_loss, naive_features
+from karla_hf.modeling.reference_published_ctm import naive_ctm, naive_ctm_loss, naive_features
 
 
 def make_model(**options):
