@@ -29,25 +29,16 @@ def chain(rng: random.Random) -> tuple[str, str]:
     """Three terms of one digit whose sum is not negative: ("7+5-3=", "09")."""
     while True:
         a, b, c = (rng.randrange(10) for _ in range(3))
-        first, second = rng.choice((-1, 1)), rng.choice((-1, 1))
+        first, second = rng.choice((1, -1)), rng.choice((1, -1))
         value = a + first * b + second * c
         if value >= 0:
             return f"{a}{'-+'[first > 0]}{b}{'-+'[second > 0]}{c}=", f"{value:02d}"
 
 
-def hops(rng: random.Random) -> tuple[str, str]:
-    """Three steps along a cycle of six digits: ("75,54,28,46,62,87;6=", "7"), for 6 -> 2 -> 8 -> 7."""
-    cycle = rng.sample(DIGITS, 6)
-    pairs = [a + b for a, b in zip(cycle, cycle[1:] + cycle[:1], strict=True)]
-    start = rng.randrange(6)
-    return ",".join(rng.sample(pairs, 6)) + f";{cycle[start]}=", cycle[(start + 3) % 6]
-
-
-def chain_sum(rng: random.Random) -> Iterator[tuple[str, str]]:
+def chain_sum(_rng: random.Random) -> Iterator[tuple[str, str]]:
     """Four terms of reasoning-gym's `chain_sum` whose sum is not negative: ("4 - 1 - 7 + 7 = ", "03")."""
-    seed = rng.randrange(2**31)
     sizes = {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}
-    for row in reasoning_gym.create_dataset("chain_sum", seed=seed, size=2**20, **sizes):
+    for row in reasoning_gym.create_dataset("chain_sum", seed=1, size=2**20, **sizes):
         if int(row["answer"]) >= 0:
             yield row["metadata"]["expression"] + " = ", f"{int(row['answer']):02d}"
 
@@ -60,7 +51,7 @@ def _endless(task: Callable[[random.Random], tuple[str, str]]) -> Callable[[rand
     return rows
 
 
-TASKS = {"count": _endless(count), "chain": _endless(chain), "chain_sum": chain_sum, "hops": _endless(hops)}
+TASKS = {"count": _endless(count), "chain": _endless(chain), "chain_sum": chain_sum}
 
 
 def task_rows(name: str, number: int) -> list[tuple[str, str]]:
@@ -75,7 +66,7 @@ def task_rows(name: str, number: int) -> list[tuple[str, str]]:
         [('11450900=', '2')]
     """
     rows: dict[str, str] = {}
-    for prompt, answer in TASKS[name](random.Random(name)):
+    for prompt, answer in TASKS[name](random.Random(f"{name}0")):
         rows[prompt] = answer
         if len(rows) == number:
             break
