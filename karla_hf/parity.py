@@ -185,7 +185,8 @@ def train(recipe: Path, overrides: list[str] = ()) -> dict:  # type: ignore[assi
         preprocess_logits_for_metrics=lambda outputs, _: outputs[:2],
     )
     began = time.process_time()
-    trainer.train()
+    resume = arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     seconds = time.process_time() - began
     names = {"bits": "eval_bits", "sequences": "eval_sequences", "tick": "eval_tick", "loss": "eval_loss"}
     curve = [
