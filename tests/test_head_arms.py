@@ -8,9 +8,7 @@ from karla_hf.head_arms import MlpHead, TaskHead, accuracy, train_head
 from karla_hf.tasks import TASKS, TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, TaskStates, task_rows
 
 
-TEXT = LlamaConfig(
-    hidden_size=16, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2, vocab_size=12
-)
+TEXT = LlamaConfig(hidden_size=16, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2, vocab_size=12)
 SMALL = {
     "ctm_hidden_size": 16, "ctm_num_heads": 2, "ctm_num_neurons": 0, "ctm_stream_size": 16, "ctm_source_layers": [0, 2],
 }  # fmt: skip
