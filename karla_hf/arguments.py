@@ -43,6 +43,8 @@ class KarlaArguments:
         cache_dtype: "bfloat16", "float16" or "float32", of stored states.
         ternary_weight_decay: weight decay of the ternary weights; None takes `weight_decay`.
         ternary_decay_share: share of the training, from 0 to 1, after which that of ternary weights is 0.
+        ternary_warmup: share of the training, from 0 to 1, over which weights go from float to ternary.
+        muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as the others, with `optim`.
         save_packed: whether the result holds ternary weights with 2 bits each. Checkpoints always hold floats.
     """
 
@@ -60,6 +62,8 @@ class KarlaArguments:
     cache_dtype: str = field(default="bfloat16", metadata={"help": "dtype of stored states."})
     ternary_weight_decay: float | None = field(default=None, metadata={"help": "Decay of the ternary weights."})
     ternary_decay_share: float = field(default=1.0, metadata={"help": "Share of the training in which they decay."})
+    ternary_warmup: float = field(default=0.0, metadata={"help": "Share of the training from float to ternary."})
+    muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's, for the ternary weights."})
     save_packed: bool = field(default=True, metadata={"help": "Save the result's ternary weights in 2 bits each."})
 
     def __post_init__(self):
@@ -75,6 +79,12 @@ class KarlaArguments:
             raise ValueError(f"`cache_dtype` is {self.cache_dtype!r}; give one of {', '.join(DTYPES)}.")
         if not 0 <= self.ternary_decay_share <= 1:
             raise ValueError(f"`ternary_decay_share` is {self.ternary_decay_share}; give a share from 0 to 1.")
+        if not 0 <= self.ternary_warmup <= 1:
+            raise ValueError(f"`ternary_warmup` is {self.ternary_warmup}; give a share of the training from 0 to 1.")
+        if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
+            raise ValueError(
+                f"`muon_learning_rate` is {self.muon_learning_rate}; give a number above 0, such as 0.02."
+            )
 
 
 class Recipe(NamedTuple):

@@ -185,7 +185,8 @@ def train(recipe: Path, overrides: list[str] = ()) -> dict:  # type: ignore[assi
         preprocess_logits_for_metrics=lambda outputs, _: outputs[:2],
     )
     began = time.process_time()
-    trainer.train()
+    resume = arguments.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     seconds = time.process_time() - began
     names = {"bits": "eval_bits", "sequences": "eval_sequences", "tick": "eval_tick", "loss": "eval_loss"}
     curve = [
@@ -199,7 +200,7 @@ def train(recipe: Path, overrides: list[str] = ()) -> dict:  # type: ignore[assi
     shown = ParitySequences((training.input_ids[:1024] << torch.arange(task.length)).sum(1), task.length)
     result["bits_trained_on"] = examine(model, shown)["bits"]
     folder = Path(arguments.output_dir)
-    trainer.save_model()
+    model.save_pretrained(str(arguments.output_dir))
     write_json(folder / "summary.json", result)
     draw(result, folder / "parity.png")
     return result

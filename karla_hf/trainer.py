@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from karla_hf.cached_batches import STATE_ROW, StatesCollator
 from karla_hf.loss import score_labels_only
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
+from karla_hf.muon import MuonAdamW, TernaryWarmup
 from karla_hf.optimizer import RowsAdamW, TernaryDecay, split_ternary
 from karla_hf.states import store_states
 
@@ -48,6 +49,8 @@ class KarlaSFTTrainer(SFTTrainer):
         states_dtype: "bfloat16", "float16" or "float32", of stored states.
         ternary_weight_decay: decay of ternary weights; None takes `args.weight_decay`.
         ternary_decay_share: share of the training after which that of ternary weights is 0.
+        ternary_warmup: share of the training over which weights go from float to ternary.
+        muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as all others.
 
     Raises:
         ValueError: for data without padding, or for states of a backbone that trains or of streamed data.
@@ -65,6 +68,8 @@ class KarlaSFTTrainer(SFTTrainer):
         states_dtype: str = "bfloat16",
         ternary_weight_decay: float | None = None,
         ternary_decay_share: float = 1.0,
+        ternary_warmup: float = 0.0,
+        muon_learning_rate: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -77,6 +82,8 @@ class KarlaSFTTrainer(SFTTrainer):
         decay = self.args.weight_decay if ternary_weight_decay is None else ternary_weight_decay
         self.ternary_decay = TernaryDecay(decay, ternary_decay_share)
         self.add_callback(self.ternary_decay)
+        self.add_callback(TernaryWarmup(ternary_warmup))
+        self.muon_learning_rate = muon_learning_rate
         score_labels_only(self.model)
         self.probe = self._make_probe()
         if states_dir is not None:
@@ -140,7 +147,7 @@ class KarlaSFTTrainer(SFTTrainer):
         """Make the optimiser: the one of the arguments, or AdamW for both dense weights and trained rows.
 
         Raises:
-            ValueError: if the model has trained rows and `optim` is not AdamW.
+            ValueError: if the model has trained rows, or Muon is wanted, and `optim` is not AdamW.
         """
         if self.optimizer is not None:
             return super().create_optimizer(model)
@@ -148,8 +155,21 @@ class KarlaSFTTrainer(SFTTrainer):
         rows = engram is not None and engram.rows.weight.requires_grad
         optimizer = self._rows_optimizer(engram) if rows else super().create_optimizer(model)
         split_ternary(optimizer, self.model, self.ternary_decay.decay)
-        self.optimizer = optimizer
-        return optimizer
+        self.optimizer = optimizer if self.muon_learning_rate is None else self._with_muon(optimizer)
+        return self.optimizer
+
+    def _with_muon(self, optimizer: torch.optim.Optimizer) -> MuonAdamW:
+        """The same groups, but Muon for those of ternary weights."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if kind is not torch.optim.AdamW:
+            raise ValueError(
+                f"`optim` is {OptimizerNames(self.args.optim).value!r}, but beside Muon only 'adamw_torch' and 'adamw_torch_fused' "
+                "are possible; give one of them, or remove `muon_learning_rate`."
+            )
+        muon = {"muon": True, "lr": self.muon_learning_rate}
+        kept = ("params", "lr", "weight_decay", "sparse", "ternary")
+        groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
+        return MuonAdamW([group | muon if group.get("ternary") else group for group in groups], **options)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Names of the parameters that decay: weights, but not those of norms."""

@@ -82,6 +82,8 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         states_dtype=arguments.cache_dtype,
         ternary_weight_decay=arguments.ternary_weight_decay,
         ternary_decay_share=arguments.ternary_decay_share,
+        ternary_warmup=arguments.ternary_warmup,
+        muon_learning_rate=arguments.muon_learning_rate,
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .fast_bitlinear_karla import DTYPES, FastBitLinear
-from .straight_through_karla import StraightThrough, ternary_linear
+from .straight_through_karla import StraightThrough, blend_ternary, float_linear, ternary_linear
 from .ternary_karla import (
     CODES_PER_BYTE,
     FOUR_ZEROS,
@@ -75,6 +75,7 @@ class BitLinear(nn.Module):
                 f"Got in_features={in_features}, out_features={out_features}, eps={eps}; give numbers > 0."
             )
         self.in_features, self.out_features, self.norm, self.eps = in_features, out_features, norm, eps
+        self.ternary_share = 1.0
         self._cache: tuple | None = None
         self._fast: tuple | None = None
         self.register_parameter("weight", None)
@@ -130,8 +131,10 @@ class BitLinear(nn.Module):
             self._cache = self._fast = None
         return self
 
-    def quantized_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantized_weight(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Codes [N, K] int8 and scale (one element) of the weight as it is now, to pass to several calls of the layer.
+
+        With `ternary_share` below 1: the blended weight [N, K], through which gradients flow, and None.
 
         Packed layers keep the unpacked codes between calls. Trainable ones keep theirs in eval mode without grad only:
         fused optimizers write weights without raising the version counter that would show the change. What is kept is
@@ -140,6 +143,8 @@ class BitLinear(nn.Module):
         """
         if self.weight is None:
             return self._keep(unpack_ternary, self.packed_weight), self.weight_scale
+        if self.ternary_share < 1.0:
+            return blend_ternary(self.weight, self.ternary_share), None
         if self.training or torch.is_grad_enabled():
             self._cache = None
             return quantize_weight(self.weight)
@@ -173,7 +178,9 @@ class BitLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "_fast": None}
 
-    def forward(self, x: torch.Tensor, quantized: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, quantized: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    ) -> torch.Tensor:
         """Apply the layer to the last dimension.
 
         Args:
@@ -205,11 +212,13 @@ class BitLinear(nn.Module):
             if fast is not None and x.numel() <= fast.max_elements:
                 return fast(x)
         w_q, scale = self.quantized_weight() if quantized is None else quantized
+        if scale is None:
+            return float_linear(x, w_q, eps)
         if learns:
             return StraightThrough.apply(x, weight, w_q, scale, eps)
         return ternary_linear(x, w_q, scale, eps)[0]
 
-    def compiled(self, quantized: tuple[torch.Tensor, torch.Tensor] | None = None) -> FastBitLinear | None:
+    def compiled(self, quantized: tuple[torch.Tensor, torch.Tensor | None] | None = None) -> FastBitLinear | None:
         """The compiled kernel with this layer's weights, for calls without gradients; None where it cannot run.
 
         Args:
@@ -218,9 +227,10 @@ class BitLinear(nn.Module):
         """
         packed, kept = self._buffers["packed_weight"], self._fast
         if packed is not None:
-            source, scale = packed, self.weight_scale
-        else:
-            source, scale = self.quantized_weight() if quantized is None else quantized
+            quantized = packed, self.weight_scale
+        source, scale = self.quantized_weight() if quantized is None else quantized
+        if scale is None:
+            return None
         if kept is None or kept[0] is not source or kept[1] != (source.data_ptr(), scale.data_ptr()):
             fast = None
             if packed is None and source.is_cpu and source.shape[0] % CODES_PER_BYTE == 0:
@@ -229,6 +239,33 @@ class BitLinear(nn.Module):
                 fast = FastBitLinear(packed, scale, self.eps if self.norm else None)
             self._fast = kept = source, (source.data_ptr(), scale.data_ptr()), fast
         return kept[2]
+
+
+def set_ternary_share(module: nn.Module, share: float) -> None:
+    """Set how far the weights of every BitLinear in a module are rounded, for training that begins with floats.
+
+    y = RMSNorm(x) (W + share (W_t s_w - W))^T with float activations while share < 1, the ternary layer at 1 (the warm-up of
+    https://huggingface.co/blog/1_58_llm_extreme_quantization). Packed layers are always ternary.
+
+    Args:
+        module: a BitLinear or a module that contains some.
+        share: in [0, 1].
+
+    Raises:
+        ValueError: if the share is not in [0, 1].
+
+    Example:
+        >>> layer = BitLinear(4, 8)
+        >>> set_ternary_share(layer, 0.0)
+        >>> torch.equal(layer(torch.ones(4)), nn.functional.linear(torch.ones(4) / (1 + 1e-5) ** 0.5, layer.weight))
+        True
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"The share of ternary weights is {share}; give a number from 0 to 1.")
+    for layer in module.modules():
+        if isinstance(layer, BitLinear):
+            layer.ternary_share = share
+            layer._cache = layer._fast = None
 
 
 def set_packed(module: nn.Module, packed: bool) -> None:

@@ -105,8 +105,8 @@ class KarlaConfig(PreTrainedConfig):
 
     ctm_num_ticks: int = 10
     ctm_hidden_size: int = 512
-    ctm_num_heads: int = 8
     ctm_num_neurons: int = 0
+    ctm_num_heads: int = 16
     ctm_history_length: int = 8
     ctm_neuron_hidden_size: int = 16
     ctm_num_pairs: int = 256

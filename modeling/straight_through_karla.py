@@ -8,7 +8,7 @@ import torch
 
 from .fast_bitlinear_karla import MAX_FEATURES
 from .native_karla import c_function
-from .ternary_karla import MIN_SCALE, int_matmul, quantize_activation, unpack_ternary, widen
+from .ternary_karla import MIN_SCALE, int_matmul, quantize_activation, quantize_weight, unpack_ternary, widen
 
 
 def ternary_linear(
@@ -137,3 +137,23 @@ def packed_input_gradient(
     grad_rows, w_q = grad_y.reshape(-1, grad_y.shape[-1]), unpack_ternary(packed)
     inverse_rms = None if eps is None else _inverse_rms(widen(x.reshape(-1, x.shape[-1])), eps)
     return input_gradient(grad_rows, w_q, scale, x, inverse_rms).reshape(x.shape).to(x.dtype)
+
+
+def blend_ternary(weight: torch.Tensor, share: float) -> torch.Tensor:
+    """W + share (W_t s_w - W) [N, K], in the dtype of the master; its gradient is the master's.
+
+    Example:
+        >>> blend_ternary(torch.tensor([[2.0, -0.5, 0.5, 1.0]]), 0.5)
+        tensor([[ 1.5000, -0.2500,  0.2500,  1.0000]])
+    """
+    codes, scale = quantize_weight(weight)
+    return weight + (share * (codes.to(weight.dtype) * scale - weight)).detach()
+
+
+def float_linear(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """RMSNorm(x) W^T (x W^T if eps is None) without any rounding, [..., N] in the dtype of x, under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows = widen(x)
+        if eps is not None:
+            rows = torch.nn.functional.rms_norm(rows, (rows.shape[-1],), eps=eps)
+        return torch.nn.functional.linear(rows, weight.to(rows.dtype)).to(x.dtype)

@@ -1,19 +1,19 @@
 """Training Karla's head on SmolLM2-135M against LoRA (r 16, all linears) on the same rows, both by TRL's trainer.
 
-Rows of text are 256 tokens of the Python reference, with a label on every token. Short prompts are sums such as "7+5-3=" with
-labels on the answer only. Karla has the recipe's defaults (4 ticks); both sides run in float32, keep their activations and
+Rows of text are 256 tokens of the Python reference, with a label on every token. Short prompts are questions of
+reasoning-gym's `chain_sum`, with labels on the answer only. Karla has the recipe's defaults (4 ticks); both sides run in float32, keep their activations and
 take steps of four rows of text, or of 32 prompts. From cached states means after the pass that computed them. Memory is the
 largest resident size, weights included, that a process of its own reaches in two steps on rows of text (Linux).
 """
 
 import json
-import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import reasoning_gym
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -61,11 +61,11 @@ def text_rows() -> Dataset:
 
 
 def prompt_rows() -> Dataset:
-    """Sums of three terms with their answers."""
-    draw = random.Random(0)
-    terms = [[draw.randint(1, 9) for _ in range(3)] for _ in range(128)]
-    prompts = [f"{a}+{b}-{c}=" for a, b, c in terms]
-    return Dataset.from_dict({"prompt": prompts, "completion": [f"{a + b - c:02}" for a, b, c in terms]})
+    """Questions of reasoning-gym's `chain_sum` with their answers."""
+    rows = list(reasoning_gym.create_dataset("chain_sum", seed=0, size=128, min_terms=4, max_terms=4))
+    return Dataset.from_dict(
+        {"prompt": [row["question"] for row in rows], "completion": [f" {row['answer']}" for row in rows]}
+    )
 
 
 def make_trainer(kind: str, data: Dataset, batch: int, folder: str) -> SFTTrainer:
