@@ -71,8 +71,9 @@ def decode_row(model, causal_lm, tokenizer, prompt: str, new_tokens: int = 40) -
 def tick_results(model, causal_lm, past: int = 64, rounds: int = 30) -> Iterator[Result]:
     """The ticks of one decoded token against the bare backbone's step, in turn, so that each finds the other's caches.
 
-    One thread's processor time, so that whatever else runs counts little. The head sees a full window. Its ticks are those of the configuration; `ticks_share_torch` has them tick by tick in
-    torch operations, `ticks_share_c` in the compiled kernel where there is one.
+    One thread's processor time, so that whatever else runs counts little. The head sees a full window. Its ticks are those
+    of the configuration; `ticks_share_torch` has them tick by tick in torch operations, `ticks_share_c` in the compiled
+    kernel where there is one.
 
     Args:
         model: a `KarlaForCausalLM`.

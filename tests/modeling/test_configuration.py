@@ -132,7 +132,10 @@ MISTAKES = {
         "`ctm_num_neurons` and `ctm_stream_size` are both 0, which leaves no head; give one of them.",
     ),
     "no history": ({"ctm_num_neurons": 8, "ctm_history_length": 0}, "`ctm_history_length` is 0; give 1 or more."),
-    "no neuron units": ({"ctm_num_neurons": 8, "ctm_neuron_hidden_size": 0}, "`ctm_neuron_hidden_size` is 0; give 1 or more."),
+    "no neuron units": (
+        {"ctm_num_neurons": 8, "ctm_neuron_hidden_size": 0},
+        "`ctm_neuron_hidden_size` is 0; give 1 or more.",
+    ),
     "no pairs": (
         {"ctm_num_neurons": 8, "ctm_num_pairs": 0, "ctm_num_self_pairs": 0},
         "`ctm_num_pairs` is 0; give 1 or more.",
