@@ -172,9 +172,10 @@ def test_checkpoints_and_results_hold_the_head_alone(recipe, tmp_path):
         assert 0 <= entry["certainty"] <= 1
 
 
-@pytest.mark.parametrize("tick_loss", ["last", "two_tick"])
-def test_only_the_head_changes(backbone, tmp_path, tick_loss):
-    model = KarlaForCausalLM.from_backbone(str(backbone), **HEAD, tick_loss=tick_loss)
+@pytest.mark.parametrize(("tick_loss", "neurons"), [("last", 32), ("two_tick", 32), ("last", 0)])
+def test_only_the_head_changes(backbone, tmp_path, tick_loss, neurons):
+    options = {**HEAD, "ctm_num_neurons": neurons, "tick_loss": tick_loss}
+    model = KarlaForCausalLM.from_backbone(str(backbone), **options)
     before, head = fingerprint(model), {n: p.detach().clone() for n, p in model.model.ctm.named_parameters()}
     trainer = make_trainer(model, backbone, sentences(16), output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2)
     trainer.train()

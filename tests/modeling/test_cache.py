@@ -62,6 +62,14 @@ def test_pieces_equal_the_whole(double, pieces, cache):
     assert_same(feed(double, double.texts, PIECES[pieces], CACHES[cache](double)), whole)
 
 
+@pytest.mark.parametrize("options", [{"ctm_num_neurons": 0}, {"ctm_stream_size": 0}])
+def test_pieces_equal_the_whole_with_either_part_alone(make_karla, random_ids, options):
+    karla, ids = make_karla(**options).double(), random_ids(2, LENGTH)
+    whole = karla(ids, use_cache=False).logits
+    for pieces in ("prompt, then token by token", "pieces across the window"):
+        assert_same(feed(karla, ids, PIECES[pieces]), whole)
+
+
 @pytest.mark.parametrize("pieces", PIECES)
 def test_pieces_equal_the_whole_in_single_precision(karla, pieces):
     """But where an activation of the head lies so near a half that it is rounded the other way to its eight bits."""

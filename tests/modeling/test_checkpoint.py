@@ -205,6 +205,17 @@ torch.save(result, out + "/result.pt")
         assert torch.equal(here(IDS + 40).logits, result["after"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_head_without_neurons_comes_back_equal(make_karla, backbone_folder, tmp_path, packed):
+    karla = make_karla(str(backbone_folder), ctm_num_neurons=0)
+    expected = logits(karla)
+    (karla.pack() if packed else karla).save_pretrained(tmp_path / "karla")
+    assert {name.split(".")[2] for name in stored(tmp_path / "karla")} == {
+        "memory", "stream_query", "stream_out", "stream_in", "stream_write",
+    }  # fmt: skip
+    assert torch.equal(logits(KarlaForCausalLM.from_pretrained(tmp_path / "karla")), expected)
+
+
 def test_asked_dtype_reaches_head_and_backbone(named, saved):
     half = KarlaForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in half.named_parameters()}
