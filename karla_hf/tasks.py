@@ -63,7 +63,7 @@ def task_rows(name: str, number: int) -> list[tuple[str, str]]:
 
     Example:
         >>> task_rows("count", 1)
-        [('11450900=', '2')]
+        [('31515818=', '3')]
     """
     rows: dict[str, str] = {}
     for prompt, answer in TASKS[name](random.Random(f"{name}0")):
