@@ -19,7 +19,8 @@ from karla_hf.muon import MuonAdamW
 from karla_hf.tasks import TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS, TaskStates
 
 
-WARMUP_STEPS = 20
+LEARNING_RATE, MUON_LEARNING_RATE = 1e-3, 0.02  # of AdamW, and of Muon for the weights of linears
+WARMUP_STEPS = 20  # before the cosine of both
 
 
 class TaskHead(nn.Module):
@@ -93,8 +94,6 @@ def train_head(
     *,
     passes: int,
     seed: int,
-    learning_rate: float = 1e-3,
-    muon_learning_rate: float | None = 0.02,
     ternary_warmup: float = 0.5,
     batch_size: int = 8,
 ) -> Trained:
@@ -105,12 +104,10 @@ def train_head(
         task: rows for training, validation and test, in this order.
         passes: over the rows for training.
         seed: of the order of the rows.
-        learning_rate: of AdamW; 20 steps of warm-up, then a cosine.
-        muon_learning_rate: of Muon, for the weights of linears; None trains them with AdamW too.
         ternary_warmup: share of the steps from float to ternary weights; infinity keeps floats.
         batch_size: rows per step.
     """
-    optimizer, ternary = _optimizer(head, learning_rate, muon_learning_rate)
+    optimizer = _optimizer(head)
     peaks = [group["lr"] for group in optimizer.param_groups]
     generator, steps, step = torch.Generator().manual_seed(seed), passes * TRAIN_ROWS // batch_size, 0
     started = time.process_time()
@@ -119,8 +116,7 @@ def train_head(
             share = min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
-            if ternary:
-                set_ternary_share(head, min(1.0, step / (ternary_warmup * steps)) if ternary_warmup else 1.0)
+            set_ternary_share(head, min(1.0, step / (ternary_warmup * steps)) if ternary_warmup else 1.0)
             logits = head(task.sources[rows], task.labels.shape[1]) @ task.digits.T
             labels = task.labels[rows].flatten().repeat(len(logits))
             cross_entropy(logits.flatten(0, 1), labels).backward()
@@ -144,17 +140,13 @@ def accuracy(head: nn.Module, task: TaskStates, first: int, number: int) -> list
     return torch.cat(right, dim=1).float().mean(1).tolist()
 
 
-def _optimizer(
-    head: nn.Module, learning_rate: float, muon_learning_rate: float | None
-) -> tuple[torch.optim.Optimizer, bool]:
-    """AdamW, and Muon for the matrices of linears; and whether there are ternary ones."""
-    linears = [module for module in head.modules() if isinstance(module, BitLinear | nn.Linear)]
-    matrices = [module.weight for module in linears] if muon_learning_rate is not None else []
+def _optimizer(head: nn.Module) -> MuonAdamW:
+    """Muon for the matrices of linears, AdamW for the rest."""
+    matrices = [module.weight for module in head.modules() if isinstance(module, BitLinear | nn.Linear)]
     chosen = {id(matrix) for matrix in matrices}
     rest = [parameter for parameter in head.parameters() if id(parameter) not in chosen]
-    ternary = any(isinstance(module, BitLinear) for module in linears)
-    groups: list[dict[str, Any]] = [{"params": rest, "weight_decay": 0.0}]
-    if muon_learning_rate is None:
-        return torch.optim.AdamW(groups, lr=learning_rate), ternary
-    groups.append({"params": matrices, "lr": muon_learning_rate, "weight_decay": 0.0, "muon": True})
-    return MuonAdamW(groups, lr=learning_rate), ternary
+    groups = [
+        {"params": rest, "weight_decay": 0.0},
+        {"params": matrices, "lr": MUON_LEARNING_RATE, "weight_decay": 0.0, "muon": True},
+    ]
+    return MuonAdamW(groups, lr=LEARNING_RATE)

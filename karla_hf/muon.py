@@ -40,22 +40,18 @@ class MuonAdamW(RowsAdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns the loss of `closure`, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
         self._muon.param_groups = [group for group in groups if group.get("muon")]
         self._muon.state = self.state
         self._muon.step()
         for group in self._muon.param_groups:
             for parameter in group["params"]:
                 self.state[parameter].setdefault("step", torch.zeros(()))  # which loading an AdamW looks for
-        self.param_groups = [group for group in groups if not group.get("muon")]
-        try:
-            super().step()
-        finally:
-            self.param_groups = groups
         return loss
 
 

@@ -1,7 +1,7 @@
 """What learns small tasks best that the backbone does badly: heads of several kinds on its states, or LoRA inside it.
 
-All arms see the same 2,000 rows in the same number of passes. What was chosen (the form of the head, its optimiser, LoRA's learning rate of 5e-4, 1e-3 and 3e-3) was chosen on validation
-rows of `chain`.
+All arms see the same 2,000 rows in the same number of passes. The form of the head, its optimiser, and LoRA's learning rate
+out of 5e-4, 1e-3 and 3e-3 were chosen on validation rows of `chain`.
 """
 
 import math
