@@ -160,16 +160,21 @@ class KarlaSFTTrainer(SFTTrainer):
 
     def _with_muon(self, optimizer: torch.optim.Optimizer) -> MuonAdamW:
         """The same groups, but Muon for those of ternary weights."""
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if kind is not torch.optim.AdamW:
-            raise ValueError(
-                f"`optim` is {OptimizerNames(self.args.optim).value!r}, but beside Muon only 'adamw_torch' and 'adamw_torch_fused' "
-                "are possible; give one of them, or remove `muon_learning_rate`."
-            )
+        options = self._adamw_options(
+            "beside Muon only 'adamw_torch' and 'adamw_torch_fused' are possible; give one of them, or remove "
+            "`muon_learning_rate`."
+        )
         muon = {"muon": True, "lr": self.muon_learning_rate}
         kept = ("params", "lr", "weight_decay", "sparse", "ternary")
         groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
         return MuonAdamW([group | muon if group.get("ternary") else group for group in groups], **options)
+
+    def _adamw_options(self, otherwise: str) -> dict[str, Any]:
+        """Arguments of AdamW; where `optim` is another, ValueError with what stands against it."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if kind is not torch.optim.AdamW:
+            raise ValueError(f"`optim` is {OptimizerNames(self.args.optim).value!r}, but {otherwise}")
+        return options
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Names of the parameters that decay: weights, but not those of norms."""
@@ -177,12 +182,9 @@ class KarlaSFTTrainer(SFTTrainer):
         return [name for name in names if "weight" in name.rpartition(".")[2]]
 
     def _rows_optimizer(self, engram) -> RowsAdamW:
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if kind is not torch.optim.AdamW:
-            raise ValueError(
-                f"`optim` is {OptimizerNames(self.args.optim).value!r}, but trained rows need sparse steps; give 'adamw_torch' or "
-                "'adamw_torch_fused', or set `engram_layer_ids` to None."
-            )
+        options = self._adamw_options(
+            "trained rows need sparse steps; give 'adamw_torch' or 'adamw_torch_fused', or set `engram_layer_ids` to None."
+        )
         decays = set(self.get_decay_parameter_names(self.model))
         dense = {n: p for n, p in self.model.named_parameters() if p.requires_grad and p is not engram.rows.weight}
         groups = [
