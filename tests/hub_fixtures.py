@@ -38,17 +38,17 @@ class RunningHub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
+            "no_proxy": "127.0.0.1",
             **({"HF_TOKEN": token} if token else {}),
         }
-        inherited = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         return {**inherited, **ours, **more}
 
     def run(self, code: str, *arguments: str, token: str | None = WRITER, **more: str) -> str:
         """Run Python code as a client of the server; returns what it printed, fails the test if the code failed."""
         command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(
-            command, env=self.environment(token, **more), capture_output=True, text=True, timeout=300
-        )
+        environment = self.environment(token, **more)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

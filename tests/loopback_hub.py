@@ -108,7 +108,7 @@ class LoopbackHub:
         namespace = data.get("organization") or writer_of(request).name
         writer_of(request, namespace)
         if kind not in ("models", "datasets") or not NAME.fullmatch(name):
-            raise HubError(400, f"Cannot keep {kind} named {name!r}: models and datasets with plain names only.")
+            raise HubError(400, f"Cannot keep {kind!r} named {name!r}: models and datasets with plain names only.")
         return kind, namespace, name
 
     def create_repository(self, request: Request, body: bytes) -> Response:

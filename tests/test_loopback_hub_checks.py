@@ -128,6 +128,7 @@ def test_no_path_is_read_outside_the_repository(loopback_hub, path):
         ("POST", "/api/repos/create", {"name": "../x"}),
         ("POST", "/api/repos/create", {"name": "x", "type": "space"}),
         ("POST", "/api/repos/create", {"name": 3}),
+        ("POST", "/api/repos/create", {"name": "x", "type": "\ud800"}),
         ("POST", "/api/repos/create", b"{"),
         ("POST", "/api/repos/create", b"[]"),
         ("POST", "/api/models/karla/bad/commit/main", b'{"key": "file"}'),
