@@ -97,10 +97,10 @@ def _read_history(path: Path) -> list[str]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+            if isinstance(line, str) and line.encode() and "\0" not in line:  # which is what readline takes
+                lines.append(line)
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, str):
-            lines.append(line)
     return lines[-MOST_LINES:]
 
 
