@@ -87,6 +87,10 @@ class KarlaArguments:
             )
 
 
+# What argparse, and the checks of `TrainingArguments` and `SFTConfig`, raise for values of the wrong kind.
+_WRONG_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+
+
 class Recipe(NamedTuple):
     """A recipe that has been read.
 
@@ -138,11 +142,11 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     options = {key: values.pop(key) for key in MODEL_OPTIONS if key in values}
     parser = _RecipeParser([KarlaArguments, SFTConfig])  # type: ignore[list-item]  # a NewType there
     # argparse converts and checks defaults that are strings, and takes everything else as it is.
-    parser.set_defaults_with_config(**{key: _as_argument(value) for key, value in values.items()})
     try:
+        parser.set_defaults_with_config(**{key: _as_argument(value) for key, value in values.items()})
         arguments, training = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
-    except ValueError as error:
-        reason = " ".join(str(error).split()).removesuffix(".")
+    except _WRONG_VALUES as error:
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
         raise ValueError(f"{path}: {reason}.") from error
     return Recipe(arguments, training, options)
 
@@ -163,6 +167,9 @@ def _read_mapping(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds a {type(values).__name__}, but a recipe is a mapping; write `key: value` lines."
         )
+    odd = [type(key).__name__ for key in values if not isinstance(key, str)]
+    if odd:
+        raise ValueError(f"{path} has a key that is a {odd[0]}, but keys are words; write `key: value` lines.")
     return values
 
 
@@ -182,7 +189,19 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse_yaml(text: str, place: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return _PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{place} is not YAML ({reason}); correct it there.") from None
+    except RecursionError:
+        reason = "it is nested too deeply"
+    raise ValueError(f"{place} is not YAML ({reason}); correct it there.")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases, of which a few lines can stand for more values than there is memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "a recipe takes no aliases; write the value out", mark)
+        return super().compose_node(parent, index)

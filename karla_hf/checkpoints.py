@@ -9,15 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from karla_hf.backbones import load_tokenizer
+from karla_hf.errors import as_sentence
 from karla_hf.modeling.configuration_karla import KarlaConfig, check_config_keys
 from karla_hf.modeling.engram_karla import Engram
 from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.memory_karla import tokenizer_hash
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.packs_karla import FOLDER, load_engram
+
+
+# What transformers raises on the way through a configuration with values of the wrong kind.
+_BROKEN_CONFIG = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    StrictDataclassError,
+)
 
 
 def create_checkpoint(
@@ -96,7 +110,7 @@ def load_checkpoint(directory: str | Path) -> tuple[KarlaForCausalLM, PreTrained
         OSError: if this is no Karla, a file is missing or damaged, or the backbone is found nowhere.
         ValueError: if memory, tokenizer and backbone do not fit each other.
     """
-    check_checkpoint(directory)
+    load_config(directory)
     tokenizer = load_tokenizer(str(directory))
     model = KarlaForCausalLM.from_pretrained(str(directory)).eval()
     if model.tokenizer_sha256 is not None and tokenizer_hash(tokenizer) != model.tokenizer_sha256:
@@ -105,6 +119,29 @@ def load_checkpoint(directory: str | Path) -> tuple[KarlaForCausalLM, PreTrained
             "backbone's tokenizer there again."
         )
     return model, tokenizer
+
+
+def load_config(directory: str | Path) -> KarlaConfig:
+    """Load the configuration of a Karla.
+
+    Raises:
+        OSError: if this is no Karla, or its configuration is damaged.
+        StrictDataclassClassValidationError: if a value is out of range.
+    """
+    check_checkpoint(directory)
+    try:
+        config: Any = KarlaConfig.from_pretrained(str(directory))
+        sizes = config.text_config.hidden_size, config.text_config.vocab_size
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise TypeError(f"its backbone has hidden_size {sizes[0]!r} and vocab_size {sizes[1]!r}")
+        return config
+    except _BROKEN_CONFIG as error:
+        if as_sentence(error) is not None:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{directory}/config.json is no configuration of a Karla ({reason}); restore it from a good copy."
+        ) from error
 
 
 def load_memory(directory: str | Path) -> tuple[Engram, str | None]:
@@ -117,8 +154,7 @@ def load_memory(directory: str | Path) -> tuple[Engram, str | None]:
         OSError: if this is no Karla, or a file of its memory is missing or damaged.
         ValueError: if the memory does not fit the configuration.
     """
-    check_checkpoint(directory)
-    config: Any = KarlaConfig.from_pretrained(str(directory)).text_config
+    config: Any = load_config(directory).text_config
 
     def find(name: str) -> str | None:
         path = Path(directory, name)
@@ -170,7 +206,7 @@ def check_checkpoint(directory: str | Path) -> None:
         raise OSError(f"{directory} is {where}; give a folder that `karla new` or `save_pretrained` made.")
     try:
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is no JSON object ({error}); restore it from a good copy.") from error
     if model_type != "karla":
         raise OSError(

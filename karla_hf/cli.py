@@ -125,7 +125,8 @@ def chat(
     """Talk to a Karla; /help in the session lists what else it does.
 
     Uses the tokenizer's chat template, or continues the text if there is none.
-    What /read and /forget do to the memory is saved at once.
+    What /read and /forget do to the memory is saved at once. Lines typed at
+    a terminal are kept for the arrow keys; /history says where.
     """
     from karla_hf import commands
 

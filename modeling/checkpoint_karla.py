@@ -15,6 +15,7 @@ from .backbone_karla import load_backbone, resolve_backbone
 from .bitlinear_karla import set_packed
 from .packs_karla import load_engram, save_engram
 from .sharded_karla import collect
+from .weights_karla import check_weights
 
 
 logger = logging.get_logger(__name__)
@@ -38,9 +39,11 @@ class KarlaCheckpointMixin:
                 `attn_implementation` reach the backbone as well; `quantization_config` reaches the backbone only.
 
         Raises:
-            OSError: if a file is missing or damaged, or the backbone is found nowhere.
+            OSError: if a file is missing, damaged or no safetensors, or the backbone is found nowhere.
             ValueError: if memory and backbone do not fit each other, or trained rows are asked for that are not there.
         """
+        check_weights(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        kwargs["use_safetensors"] = True
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
             own = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.config_class.__annotations__}
@@ -62,10 +65,19 @@ class KarlaCheckpointMixin:
                 **options,
                 **kwargs,
             )
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
             raise OSError(
-                f"The weights in {pretrained_model_name_or_path} are damaged ({error}); restore them from a good copy."
+                f"The weights in {pretrained_model_name_or_path} are damaged ({reason}); restore them from a good copy."
             ) from error
+        lost = [name for name in info["missing_keys"] if name.startswith(model.head_prefix)]
+        if lost:
+            raise OSError(
+                f"The weights in {pretrained_model_name_or_path} lack {len(lost)} of the head, such as {min(lost)}, which "
+                "would stay random; restore them from a good copy."
+            )
         if by_reference:
             model.load_named_backbone(**backbone)
         else:  # loading made new parameters, which train, and no output layer of a bare KarlaModel
