@@ -79,7 +79,7 @@ class M3(torch.optim.Optimizer):
                     )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; returns the loss of `closure`, if one is given."""
         loss = None
         if closure is not None:

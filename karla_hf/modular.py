@@ -88,7 +88,7 @@ class ModularPairs(Dataset):
         return {"input_ids": self.input_ids[indices], "labels": self.labels[indices]}
 
 
-def keep_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def keep_batch(batch: Any) -> dict[str, torch.Tensor]:
     """The collator for `ModularPairs`, which gives batches as they are."""
     return batch
 
@@ -221,4 +221,5 @@ def draw_grokking(runs: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((evaluated.predictions.argmax(-1) == evaluated.label_ids).mean())}
+    right = torch.as_tensor(evaluated.predictions).argmax(-1) == torch.as_tensor(evaluated.label_ids)
+    return {"accuracy": right.float().mean().item()}

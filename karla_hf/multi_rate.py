@@ -52,7 +52,7 @@ class MultiRateOptimizer(torch.optim.Optimizer):
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the groups that are due and gather the gradients of the others; returns the loss of `closure`."""
         loss = None
         if closure is not None:
@@ -91,7 +91,7 @@ class MultiRateOptimizer(torch.optim.Optimizer):
         gathered = {numbers[parameter]: gradient for parameter, gradient in self._gathered.items()}
         return {**self.optimizer.state_dict(), "multi_rate": {"steps": self.steps, "gathered": gathered}}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the state that `state_dict` gave.
 
         Raises:
@@ -139,7 +139,8 @@ def set_update_periods(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     unused = set(periods)
     for group in list(optimizer.param_groups):
-        kept, slow = [], {}
+        kept: list[torch.nn.Parameter] = []
+        slow: dict[int, list[torch.nn.Parameter]] = {}
         for parameter in group["params"]:
             pattern = next((p for p in periods if _matches(p, names.get(id(parameter), ""))), None)
             if pattern is None:

@@ -9,7 +9,7 @@ from karla_hf.modular import draw_grokking, run_modular
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "grokking" / "modular-addition.yaml"
 STEPS = "2000"
 ACTIONS = ["--weight_decay", "0.01", "--grokking_raise_decay", "true", "--grokking_finish", "true"]
-# name: options and seeds
+# by name, the options and the seeds
 RUNS: dict[str, tuple[list[str], range]] = {
     "weight decay 1": (["--weight_decay", "1"], range(3)),
     "weight decay 0.01": (["--weight_decay", "0.01"], range(6)),
