@@ -126,29 +126,47 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe.training.learning_rate, recipe.model_options
         (0.001, {'ctm_num_ticks': 4})
     """
-    values = {**_read_mapping(path), **_read_overrides(overrides)}
-    known = {
-        *MODEL_OPTIONS,
-        *(item.name for kind in (KarlaArguments, SFTConfig) for item in fields(kind) if item.init),
-    }
+    values = read_recipe(path, overrides)
+    options = {key: values.pop(key) for key in MODEL_OPTIONS if key in values}
+    arguments, training = fill(path, values, [KarlaArguments, SFTConfig], MODEL_OPTIONS)
+    return Recipe(arguments, training, options)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys and values of a recipe, unchecked; arguments and errors as of `parse_recipe`."""
+    return {**_read_mapping(path), **_read_overrides(overrides)}
+
+
+def fill(path: str | Path, values: dict[str, Any], kinds: Sequence[type], others: Sequence[str] = ()) -> tuple:
+    """Make dataclasses of a recipe's values, which argparse converts and checks.
+
+    Args:
+        path: named in errors.
+        values: by key, as YAML gives them.
+        kinds: dataclasses; each key is a field of one of them.
+        others: keys that were known too, for the hint at a key that is not.
+
+    Returns:
+        One object of each kind.
+
+    Raises:
+        ValueError: for an unknown key, or for a value of the wrong kind.
+    """
+    known = {*others, *(item.name for kind in kinds for item in fields(kind) if item.init)}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else "remove it."
-            raise ValueError(
-                f"{path}: `{key}` is no key of a recipe, which are those of KarlaArguments, trl.SFTConfig and the model "
-                f"options of KarlaConfig; {hint}"
-            )
-    options = {key: values.pop(key) for key in MODEL_OPTIONS if key in values}
-    parser = _RecipeParser([KarlaArguments, SFTConfig])  # type: ignore[list-item]  # a NewType there
+            owners = ", ".join(kind.__name__ for kind in kinds) + (" and the model options" if others else "")
+            raise ValueError(f"{path}: `{key}` is no key of this recipe, which are those of {owners}; {hint}")
+    parser = _RecipeParser(list(kinds))  # type: ignore[arg-type]
     # argparse converts and checks defaults that are strings, and takes everything else as it is.
     try:
         parser.set_defaults_with_config(**{key: _as_argument(value) for key, value in values.items()})
-        arguments, training = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
+        return tuple(parser.parse_args_into_dataclasses(args=[], look_for_args_file=False))
     except _WRONG_VALUES as error:
         reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
         raise ValueError(f"{path}: {reason}.") from error
-    return Recipe(arguments, training, options)
 
 
 class _RecipeParser(TrlParser):

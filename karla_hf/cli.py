@@ -234,14 +234,15 @@ def train(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Train the head with TRL as a recipe says, and compare the loss on held-out rows with the backbone's.
+    """Train as a recipe says: the head with TRL, and compare its loss on held-out rows with the backbone's.
 
-    Options after the recipe replace its keys, such as --max_steps 20.
+    A recipe with a `task` trains on that instead. Options after the recipe
+    replace its keys, such as --max_steps 20.
     """
+    from karla_hf.phases import run
     from karla_hf.report import write_json
-    from karla_hf.training import run_recipe
 
-    write_json(json_file, run_recipe(recipe, overrides or []))
+    write_json(json_file, run(recipe, overrides or []))
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:
