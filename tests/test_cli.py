@@ -80,7 +80,7 @@ def full_disk(size: int):
 def test_every_command_explains_itself():
     shown = succeed("--help")
     for words in (
-        ["new"], ["info"], ["chat"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
+        ["new"], ["info"], ["chat"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
         ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
         ["pack", "merge"], ["pack", "remove"], ["pack", "verify"],
     ):  # fmt: skip
