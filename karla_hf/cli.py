@@ -133,6 +133,31 @@ def chat(
     commands.chat(directory, max_new_tokens)
 
 
+@app.command(rich_help_panel=MAKE)
+def serve(
+    directory: Checkpoint,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    ticks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most ticks per token.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", min=0.0, max=1.0, help="Certainty at which a token is answered.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Answer OpenAI-compatible requests (the server of `transformers serve`), with the memory on.
+
+    Clients call the model by the folder's name. Requests are answered in turn, and
+    nothing is written. Needs `pip install 'karla-hf[serve]'`.
+    """
+    from karla_hf.serve import run_server
+
+    run_server(directory, host=host, port=port, ticks=ticks, threshold=threshold)
+
+
 @app.command(rich_help_panel=MEMORY)
 def read(
     directory: Checkpoint,

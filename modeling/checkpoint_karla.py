@@ -15,6 +15,7 @@ from .backbone_karla import load_backbone, resolve_backbone
 from .bitlinear_karla import set_packed
 from .packs_karla import load_engram, save_engram
 from .sharded_karla import collect
+from .unchanged_karla import adapted_layers
 from .weights_karla import check_weights
 
 
@@ -137,6 +138,11 @@ class KarlaCheckpointMixin:
             state_dict: weights to save instead of the model's; those of the backbone are dropped unless included.
             push_to_hub: whether to upload the folder afterwards.
             kwargs: as in transformers.
+
+        Raises:
+            ValueError: if something would be lost: adapters of peft, weights of the backbone that are no longer those of
+                the model that it is named after, or exact weights of a quantised or unnamed one.
+            OSError: if the folder cannot be written.
         """
         include = self.config.backbone_included if include_backbone is None else include_backbone
         if include and not all(parameter.is_floating_point() for parameter in self.karla_model.backbone.parameters()):
@@ -149,13 +155,14 @@ class KarlaCheckpointMixin:
                 "The backbone has no name to load it by, so a checkpoint without it could not be loaded; use "
                 "include_backbone=True."
             )
+        changed = self._check_nothing_is_lost(include)
         if self.engram.ranks.rank > 0:
             self.save_memory(save_directory)
             return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        before = self.config.backbone_included
-        self.config.backbone_included = include
+        before = self.config.backbone_included, self.config.backbone_changed
+        self.config.backbone_included, self.config.backbone_changed = include, changed
         try:
             with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
                 super().save_pretrained(staging, state_dict=self._own_state(state_dict, include), **kwargs)
@@ -164,11 +171,29 @@ class KarlaCheckpointMixin:
         except SafetensorError as error:
             raise OSError(f"{target} cannot be written ({error}); what was there before is unchanged.") from error
         finally:
-            self.config.backbone_included = before
+            self.config.backbone_included, self.config.backbone_changed = before
         if kwargs.get("is_main_process", True):
             self.save_memory(target)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+
+    def _check_nothing_is_lost(self, include_backbone: bool) -> bool:
+        """Returns whether the backbone's weights are others than those of the model that it is named after."""
+        adapted = adapted_layers(self)
+        if adapted:
+            raise ValueError(
+                f"{len(adapted)} layers ({adapted[0]} first) carry adapters of peft, which a Karla's own checkpoint does not "
+                "hold; save them with the PeftModel's save_pretrained, or merge them first with merge_and_unload()."
+            )
+        names, config = self.karla_model.changed_weights(), self.config
+        changed = config.base_model_name_or_path is not None and (config.backbone_changed or bool(names))
+        if changed and not include_backbone:
+            example = f" ({names[0]} is another)" if names else ""
+            raise ValueError(
+                f"The backbone's weights are no longer those of {config.base_model_name_or_path!r}{example}, as after merging "
+                "an adapter, so a checkpoint without them would lose the change; use include_backbone=True."
+            )
+        return changed
 
     def save_memory(self, save_directory) -> None:
         """Save what has changed of the packs alone, in the folder `engram` of a checkpoint.

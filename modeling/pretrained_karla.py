@@ -176,6 +176,7 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
         self.karla_model.link(backbone.requires_grad_(False).eval(), lm_head.requires_grad_(False).eval())
         self._no_split_modules = sorted(set(causal_lm._no_split_modules or ()))
         self._retie()
+        self.karla_model.remember_backbone()
 
     def _retie(self) -> None:
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)

@@ -80,8 +80,8 @@ def full_disk(size: int):
 def test_every_command_explains_itself():
     shown = succeed("--help")
     for words in (
-        ["new"], ["info"], ["chat"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
-        ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
+        ["new"], ["info"], ["chat"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
+        ["eval", "reasoning"], ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
         ["pack", "merge"], ["pack", "remove"], ["pack", "verify"],
     ):  # fmt: skip
         assert f" {words[0]} " in shown
@@ -100,6 +100,7 @@ def test_every_command_that_measures_writes_json():
         ["pack", "verify"],
         ["eval", "recall"],
         ["eval", "perplexity"],
+        ["eval", "reasoning"],
         ["bench"],
         ["demo"],
         ["train"],
