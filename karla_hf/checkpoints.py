@@ -8,8 +8,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import type_validator
-from transformers import PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from karla_hf.backbones import load_tokenizer
 from karla_hf.modeling.configuration_karla import KarlaConfig, check_config_keys
@@ -18,6 +21,7 @@ from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.memory_karla import tokenizer_hash
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.packs_karla import FOLDER, load_engram
+from karla_hf.modeling.public_karla import weight_files
 
 
 def create_checkpoint(
@@ -105,6 +109,35 @@ def load_checkpoint(directory: str | Path) -> tuple[KarlaForCausalLM, PreTrained
             "backbone's tokenizer there again."
         )
     return model, tokenizer
+
+
+def load_without_backbone(directory: str | Path) -> KarlaForCausalLM:
+    """Load memory and head of a Karla alone: what can be saved again, but not run.
+
+    Raises:
+        OSError: if this is no Karla, or a file is missing or damaged.
+        ValueError: if the memory does not fit the configuration.
+    """
+    check_checkpoint(directory)
+    model = KarlaForCausalLM(KarlaConfig.from_pretrained(str(directory)), init_backbone=False)
+    own = {name: tensor for name, tensor in _weights(Path(directory)) if name.startswith(model.own_prefixes)}
+    missing = [name for name in model.load_state_dict(own, strict=False, assign=True).missing_keys if name not in own]
+    if missing:
+        raise OSError(f"{directory} lacks {len(missing)} weights, such as {missing[0]}; restore it from a good copy.")
+    model.set_engram(*load_memory(directory))
+    if Path(directory, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    return model
+
+
+def _weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of the files that hold a checkpoint's weights."""
+    for file in sorted(weight_files(directory)):
+        try:
+            if file.endswith(".safetensors"):
+                yield from load_file(directory / file).items()
+        except SafetensorError as error:
+            raise OSError(f"{directory / file} is damaged ({error}); restore it from a good copy.") from error
 
 
 def load_memory(directory: str | Path) -> tuple[Engram, str | None]:
