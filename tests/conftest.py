@@ -14,6 +14,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import numpy as np
 import pytest
 import torch
+from hub_fixtures import loopback_hub  # noqa: F401 - a fixture for all tests
 from hypothesis import settings
 
 
