@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import type_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from karla_hf.backbones import load_tokenizer
@@ -62,7 +61,7 @@ def create_checkpoint(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
         fresh = Path(staging) / "fresh"
         model.save_pretrained(fresh)
-        _save_tokenizer(tokenizer, fresh)
+        save_tokenizer(tokenizer, fresh)
         with writing(target) if force and target.exists() and any(target.iterdir()) else nullcontext():
             _move_into_place(fresh, target, Path(staging))
     return model
@@ -120,7 +119,7 @@ def load_without_backbone(directory: str | Path) -> KarlaForCausalLM:
     """
     check_checkpoint(directory)
     model = KarlaForCausalLM(KarlaConfig.from_pretrained(str(directory)), init_backbone=False)
-    own = {name: tensor for name, tensor in _weights(Path(directory)) if name.startswith(model.own_prefixes)}
+    own = dict(_weights(Path(directory), model.own_prefixes))
     missing = [name for name in model.load_state_dict(own, strict=False, assign=True).missing_keys if name not in own]
     if missing:
         raise OSError(f"{directory} lacks {len(missing)} weights, such as {missing[0]}; restore it from a good copy.")
@@ -130,12 +129,16 @@ def load_without_backbone(directory: str | Path) -> KarlaForCausalLM:
     return model
 
 
-def _weights(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of the files that hold a checkpoint's weights."""
+def _weights(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint that begin with one of the prefixes."""
     for file in sorted(weight_files(directory)):
+        if not file.endswith(".safetensors"):
+            continue
         try:
-            if file.endswith(".safetensors"):
-                yield from load_file(directory / file).items()
+            with safe_open(directory / file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                    if name.startswith(prefixes):
+                        yield name, tensors.get_tensor(name)
         except SafetensorError as error:
             raise OSError(f"{directory / file} is damaged ({error}); restore it from a good copy.") from error
 
@@ -226,9 +229,19 @@ def _check_target(target: Path, force: bool) -> None:
         raise OSError(f"{target} already holds a Karla; give a new folder, or --force to replace it and its memory.")
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer, without a note of how it was loaded.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = directory / "tokenizer_config.json"
     try:
         tokenizer.save_pretrained(directory)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("is_local", "local_files_only", "name_or_path"):
+            config.pop(key, None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library has no class of its own for a failed write
             raise

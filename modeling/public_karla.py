@@ -25,7 +25,8 @@ TOKENIZER_FILES = (
     "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
-_OURS = re.compile(rf"{FOLDER}/.+|{_WEIGHTS.pattern}|model\.safetensors\.index\.json|\w+_(?:karla|ctm)\.py")
+_OURS = re.compile(rf"{FOLDER}/[^/]+|{_WEIGHTS.pattern}|model\.safetensors\.index\.json|\w+_(?:karla|ctm)\.py")
+_RESULT = re.compile(r"\.eval_results/[\w-][\w.-]*\.yaml")
 _LOCAL_PATH = re.compile(r"(?:file://|~[/\\]|/[^/\s]+/|[A-Za-z]:[/\\]|\\\\).*")
 _TEXTS = (".json", ".jinja", ".md", ".py", ".txt", ".yaml")
 
@@ -133,6 +134,17 @@ def published_files(folder: Path) -> set[str]:
     return names | {f"{RESULTS}/{path.name}" for path in (folder / RESULTS).glob("*.yaml")}
 
 
+def is_published(name: str) -> bool:
+    """Whether a file of that name can belong to a checkpoint.
+
+    Example:
+        >>> is_published("engram/manifest.json"), is_published("training_args.bin")
+        (True, False)
+    """
+    others = ("config.json", "generation_config.json", CARD, *TOKENIZER_FILES)
+    return name in others or bool(_OURS.fullmatch(name)) or bool(_RESULT.fullmatch(name))
+
+
 def stale_files(there: set[str], names: set[str]) -> set[str]:
     """Files of a repository that a checkpoint wrote and that are not among its `names` any more.
 
@@ -170,10 +182,16 @@ def check_public(folder: Path, names: set[str], token: str | None = None) -> Non
             raise ValueError(f"{name} holds your Hub token, so it is not pushed; remove the token, and revoke it.")
         if name == CARD and len(home) > 2 and home in text:
             raise ValueError(f"{name} names a file below {home}, so it is not pushed; remove that path.")
-        if name.endswith(".json") and not name.startswith("tokenizer.") and name not in ("vocab.json", "added_tokens.json"):
+        if (
+            name.endswith(".json")
+            and not name.startswith("tokenizer.")
+            and name not in ("vocab.json", "added_tokens.json")
+        ):
             for key, value in _strings(json.loads(text)):
                 if is_local_path(value):
-                    raise ValueError(f"{name} has {key} {value!r}, a path on this machine, so it is not pushed; remove it.")
+                    raise ValueError(
+                        f"{name} has {key} {value!r}, a path on this machine, so it is not pushed; remove it."
+                    )
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo, HfApi, ModelCardData, get_token
 from transformers.utils import logging
@@ -24,18 +24,21 @@ from .ternary_karla import CODES_PER_BYTE
 logger = logging.get_logger(__name__)
 
 
+def plain_card(folder: Path, repo_id: str, tags: Sequence[str] = ()) -> str:
+    """The model card of a checkpoint: what the Hub files it under, and how to load it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (
+        f"---\n{card_data(config, tags).to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\nA Karla: a memory that "
+        "learns by reading, and a head that thinks, on a frozen language model. It is loaded with "
+        f'`AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)`.\n'
+    )
+
+
 class KarlaPublishingMixin:
     """`push_to_hub` of the Karla models."""
 
-    @staticmethod
-    def make_card(folder: Path, repo_id: str, tags: Sequence[str] = ()) -> str:
-        """The model card of a checkpoint that has none: what the Hub files it under, and how to load it."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return (
-            f"---\n{card_data(config, tags).to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\nA Karla: a memory that "
-            "learns by reading, and a head that thinks, on a frozen language model. It is loaded with "
-            f'`AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)`.\n'
-        )
+    # makes a card of (folder, repo_id, tags); karla_hf sets one that fills its template
+    make_card: ClassVar[Callable[..., str]] = staticmethod(plain_card)
 
     def push_to_hub(
         self,
@@ -82,8 +85,12 @@ class KarlaPublishingMixin:
             ):  # fmt: skip
                 return None
             extra = [*(getattr(self, "model_tags", None) or ()), *([tags] if isinstance(tags, str) else tags or ())]
+
+            def write_card(found: str) -> None:
+                (folder / CARD).write_text(self.make_card(folder, found, extra), encoding="utf-8")
+
             return publish(
-                folder, repo_id, lambda found: self.make_card(folder, found, extra), token=token, private=private,
+                folder, repo_id, write_card, token=token, private=private,
                 revision=revision, create_pr=create_pr, message=commit_message, description=commit_description,
             )  # fmt: skip
 
@@ -153,8 +160,9 @@ def card_data(config: dict, tags: Sequence[str] = (), **more: Any) -> ModelCardD
 def publish(
     folder: Path,
     repo_id: str,
-    make_card: Callable[[str], str],
+    write_card: Callable[[str], None],
     *,
+    fresh_card: bool = False,
     token: bool | str | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -167,7 +175,8 @@ def publish(
     Args:
         folder: what `save_public` wrote.
         repo_id: the repository.
-        make_card: makes the text of a card of the repository's full name; called if neither has one.
+        write_card: writes a card into the folder, given the repository's full name.
+        fresh_card: whether it is called even if folder or repository have a card.
         token, private, revision, create_pr: as in `push_to_hub`.
         message, description: of the commit.
     """
@@ -179,8 +188,8 @@ def publish(
         there = file_names(head)
         if MANIFEST in there:
             raise ValueError(f"{head.id} holds a pack of a memory, not a model; give another repository.")
-        if CARD not in there and not (folder / CARD).is_file():
-            (folder / CARD).write_text(make_card(head.id), encoding="utf-8")
+        if fresh_card or (CARD not in there and not (folder / CARD).is_file()):
+            write_card(head.id)
         names = published_files(folder)
         check_public(folder, names, secret)
         return commit_files(
