@@ -18,6 +18,15 @@ def read_metadata(card: str) -> dict:
     return yaml.safe_load(match[1]) or {} if match and not check_card(card, "model")[0] else {}
 
 
+def check_file(path: str, content: bytes, repo_type: str) -> list[str]:
+    """Errors in a file that the Hub would have to understand: the card, and results of evaluations."""
+    if path == "README.md":
+        return check_card(content.decode(errors="replace"), repo_type)[0]
+    if re.fullmatch(r"\.eval_results/[^/]+\.ya?ml", path):
+        return check_results(content.decode(errors="replace"))
+    return []
+
+
 def check_card(card: str, repo_type: str) -> tuple[list[str], list[str]]:
     """Errors and warnings about the metadata of a README.md."""
     match = FRONT_MATTER.match(card)
@@ -66,9 +75,11 @@ def check_model_index(index) -> list[str]:
             errors.append(f'{place}.results" must be an array')
             continue
         for r, result in enumerate(results):
-            for keys in (("task", "type"), ("dataset", "type"), ("dataset", "name")):
-                if not isinstance(get(result, *keys), str):
-                    errors.append(f'{place}.results[{r}].{".".join(keys)}" is required')
+            errors += [
+                f'{place}.results[{r}].{".".join(keys)}" is required'
+                for keys in (("task", "type"), ("dataset", "type"), ("dataset", "name"))
+                if not isinstance(get(result, *keys), str)
+            ]
             metrics = get(result, "metrics")
             if not isinstance(metrics, list) or not all(
                 isinstance(get(metric, "type"), str) and get(metric, "value") is not None for metric in metrics

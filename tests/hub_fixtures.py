@@ -1,9 +1,12 @@
 """A loopback Hub in a process of its own, and the environment with which other processes become its clients."""
 
+import inspect
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +41,23 @@ class RunningHub:
         inherited = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
         return {**inherited, **ours, **more}
 
-    def run(self, code: str, *arguments: str, token: str | None = WRITER, timeout: float = 120, **more: str) -> str:
+    def run(self, code: str, *arguments: str, token: str | None = WRITER, **more: str) -> str:
         """Run Python code as a client of the server; returns what it printed, fails the test if the code failed."""
+        command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            env=self.environment(token, **more),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+            command, env=self.environment(token, **more), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def call(self, function: Callable, *, token: str | None = WRITER, **arguments):
+        """Call a function in a client process: its source is sent there, so it imports what it uses itself.
+
+        Arguments and result pass as JSON, the result as the last line that is printed.
+        """
+        code = textwrap.dedent(inspect.getsource(function))
+        code += f"\nimport json, sys\nprint(json.dumps({function.__name__}(**json.loads(sys.argv[1]))))"
+        return json.loads(self.run(code, json.dumps(arguments), token=token).splitlines()[-1])
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import threading
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 GIT_ENVIRONMENT = {"PATH": os.environ["PATH"], "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
 POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
 POINTER_SIZE_MAX = 160
+NO_COMMIT = "0" * 40
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,200}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +49,7 @@ def check_path(path: str) -> str:
     """Return the path of a file in a repository if it is a plain relative one, else answer 400."""
     parts = path.split("/") if isinstance(path, str) else [""]
     plain = all(part and part not in (".", "..") and part.lower().rstrip(". ") != ".git" for part in parts)
-    if not plain or re.search(r"[\x00-\x1f\x7f\\]", path) or len(path.encode()) > 1000:
+    if not plain or re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path) or len(path) > 1000:
         raise HubError(400, f"The path {path!r} is not a relative path inside the repository.")
     return path
 
@@ -131,13 +131,15 @@ class Repository:
         return dict(line.split(" ") for line in lines.decode().splitlines())
 
     def create_ref(self, kind: str, name: str, sha: str) -> None:
+        if not REVISION.fullmatch(name):
+            raise HubError(400, f"A branch or tag cannot be named {name!r:.100}.")
         with self.lock:
             if name in self.refs(kind):
                 raise HubError(409, f"Reference already exists: refs/{kind}/{name}")
             try:
-                git(self.path, "update-ref", "--stdin", "-z", stdin=f"create refs/{kind}/{name}\0{sha}\0".encode())
+                git(self.path, "update-ref", f"refs/{kind}/{name}", sha, NO_COMMIT)
             except subprocess.CalledProcessError:
-                raise HubError(400, f"The name {name!r} is not one that git accepts for a branch or a tag.") from None
+                raise HubError(400, f"Git does not accept the name {name!r} beside those it has.") from None
 
     def delete_ref(self, kind: str, name: str) -> None:
         with self.lock:
@@ -165,10 +167,11 @@ class Repository:
             if parent and not (len(parent) >= 7 and head.startswith(parent)):
                 raise HubError(412, f"The branch {branch} is at {head}, not at {parent}: get its files and try again.")
             scratch = f"refs/scratch/{uuid.uuid4().hex}"
-            new = git(self.path, "fast-import", "--quiet", "--done", "--date-format=now", stdin=b"".join(
-                import_script(scratch, head, author, message, changes)
-            )).decode().strip()  # fmt: skip
-            moves = f"update refs/heads/{branch} {new} {head or '0' * 40}\ndelete {scratch}\n"
+            script = b"".join(import_script(scratch, head, author, message, changes))
+            new = (
+                git(self.path, "fast-import", "--quiet", "--done", "--date-format=now", stdin=script).decode().strip()
+            )
+            moves = f"update refs/heads/{branch} {new} {head or NO_COMMIT}\ndelete {scratch}\n"
             git(self.path, "update-ref", "--stdin", stdin=moves.encode())
         return new
 
@@ -202,7 +205,7 @@ class Repository:
 
 def import_script(ref: str, head: str, author: str, message: str, changes: dict[str, bytes | None]):
     """Lines for `git fast-import` that make one commit and print its hash."""
-    text = message.encode()
+    text = message.encode(errors="replace")
     yield f"commit {ref}\nmark :1\ncommitter {author} <{author}@127.0.0.1> now\ndata {len(text)}\n".encode() + text
     yield f"\nfrom {head}\n".encode() if head else b"\n"
     for path, content in changes.items():
@@ -219,7 +222,7 @@ class Store:
 
     def __init__(self, root: Path):
         self.root = root
-        self.locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+        self.locks: dict[str, threading.Lock] = {}
         shutil.rmtree(root / "scratch", ignore_errors=True)
         (root / "scratch").mkdir(parents=True)
         for left_by_killed_server in root.glob("*/*/*.git/lfs/incoming/*"):
@@ -229,10 +232,10 @@ class Store:
         if kind not in ("models", "datasets") or not NAME.fullmatch(namespace) or not NAME.fullmatch(name):
             return None
         path = self.root / kind / namespace / f"{name}.git"
-        return Repository(path, self.locks[path]) if path.exists() else None
+        return Repository(path, self.locks.setdefault(str(path), threading.Lock())) if path.exists() else None
 
-    def create(self, kind: str, namespace: str, name: str, *, private: bool) -> None:
-        """Make a repository with one commit; 409 if it exists."""
+    def create(self, kind: str, namespace: str, name: str, *, private: bool) -> bool:
+        """Make a repository with one commit; `False` if it exists."""
         path = self.root / kind / namespace / f"{name}.git"
         made = Path(tempfile.mkdtemp(dir=self.root / "scratch"))
         git(made, "init", "--quiet", "--bare", "--template=", "--initial-branch=main", str(made))
@@ -243,9 +246,10 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(made, path)
-        except OSError:
+        except OSError:  # what exists is not empty, so it is not replaced
             shutil.rmtree(made)
-            raise HubError(409, f"You already created this {kind[:-1]} repo: {namespace}/{name}") from None
+            return False
+        return True
 
     def delete(self, repository: Repository) -> None:
         with repository.lock:

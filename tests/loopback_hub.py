@@ -3,29 +3,26 @@
     python tests/loopback_hub.py --root DIR --port 0
 
 prints its URL, then serves what lies under DIR until it is stopped. It listens on 127.0.0.1 only. Clients need
-`HF_ENDPOINT=<url>`, `HF_TOKEN=<one of TOKENS>` and `HF_HUB_DISABLE_XET=1` before they import `huggingface_hub`.
+`HF_ENDPOINT=<url>`, `HF_TOKEN=<one of hub_requests.TOKENS>` and `HF_HUB_DISABLE_XET=1` before they import `huggingface_hub`.
 
 Not here: Xet, pull requests, gated repositories, spaces, `.gitignore`, multi-part uploads. Errors, codes and headers are
 those that the client turns into its exceptions; the texts are ours.
 """
 
 import argparse
-import base64
-import binascii
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from urllib.parse import parse_qs, quote, urlencode
 
 import uvicorn
-from hub_cards import check_card, check_results, read_metadata
+from hub_cards import check_card, check_file, read_metadata
+from hub_requests import account_of, decode, field, parameter, parse, writer_of
 from hub_store import LARGE_SUFFIXES, NAME, SHA256, Entry, HubError, Repository, Store, check_path, pointer
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -39,70 +36,16 @@ PAGE_SIZE, EXPANDED_PAGE_SIZE = 1000, 50  # as on the Hub
 REGULAR_SIZE_MAX = 10 * 2**20
 
 
-@dataclass(frozen=True)
-class Account:
-    """Whose token it is, and whether it may write; users write in the namespace of their own name only."""
-
-    name: str
-    role: str  # "write" or "read"
-
-
-TOKENS = {
-    "hf_loopback_writer": Account("karla", "write"),
-    "hf_loopback_reader": Account("karla", "read"),
-    "hf_loopback_stranger": Account("stranger", "write"),
-}
-
-
-def account_of(request: Request) -> Account | None:
-    """Who asks; `None` without a token, 401 with one that nobody has."""
-    header = request.headers.get("authorization")
-    if header is None:
-        return None
-    if account := TOKENS.get(header.removeprefix("Bearer ")):
-        return account
-    raise HubError(401, "Invalid credentials in Authorization header")
-
-
-def writer_of(request: Request, namespace: str | None = None) -> Account:
-    """Who asks, if they may write in the namespace (by default their own)."""
-    account = account_of(request)
-    if account is None:
-        raise HubError(401, "Invalid username or password.", "RepoNotFound" if namespace else "")
-    if account.role != "write" or namespace not in (None, account.name):
-        raise HubError(403, f"The {account.role} token of {account.name} may not write to {namespace or account.name}")
-    return account
-
-
-def parameter(request: Request, name: str, default: str = "") -> str:
-    return unquote(request.path_params.get(name, default))
-
-
-def field(data, name: str, kind: type = str):
-    """A required field of a JSON object, of the right type."""
-    value = data.get(name) if isinstance(data, dict) else None
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise HubError(400, f"The request needs {name!r} of type {kind.__name__}, got {value!r:.100}.")
-    return value
-
-
-def parse(body: bytes):
-    try:
-        return json.loads(body)
-    except ValueError as error:
-        raise HubError(400, f"The request is not JSON: {error}") from None
-
-
 def as_date(seconds: str) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(int(seconds)))
 
 
 def describe(entry: Entry) -> dict:
-    """A file or folder as `tree` and `paths-info` list it."""
+    """A file or folder as listings give it; the keys differ between endpoints, and each client takes its own."""
     described = {"type": entry.kind, "oid": entry.oid, "size": entry.size, "path": entry.path}
     if entry.sha256:
-        pointer_size = len(pointer(entry.sha256, entry.size))
-        described["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": pointer_size}
+        sizes = {"size": entry.size, "pointerSize": len(pointer(entry.sha256, entry.size))}
+        described["lfs"] = {"oid": entry.sha256, "sha256": entry.sha256, **sizes}
     return described
 
 
@@ -153,12 +96,14 @@ class LoopbackHub:
             raise HubError(400, f"Cannot keep {kind} named {name!r}: models and datasets with plain names only.")
         return kind, namespace, name
 
-    def create_repository(self, request: Request, body: bytes) -> dict:
+    def create_repository(self, request: Request, body: bytes) -> Response:
         kind, namespace, name = self.named(request, body)
         private = parse(body).get("visibility") == "private" or parse(body).get("private") is True
-        self.store.create(kind, namespace, name, private=private)
-        prefix = "datasets/" if kind == "datasets" else ""
-        return {"url": f"{request.base_url}{prefix}{namespace}/{name}", "name": f"{namespace}/{name}"}
+        made = self.store.create(kind, namespace, name, private=private)
+        answer = {"url": f"{request.base_url}{'datasets/' if kind == 'datasets' else ''}{namespace}/{name}"}
+        if not made:
+            answer["error"] = f"You already created this {kind[:-1]} repo: {namespace}/{name}"
+        return JSONResponse(answer, 200 if made else 409)
 
     def delete_repository(self, request: Request, body: bytes) -> dict:
         found = self.store.find(*self.named(request, body))
@@ -172,19 +117,7 @@ class LoopbackHub:
         sha = repository.resolve(parameter(request, "revision", "main"))
         files = {path: entry for path, entry in repository.entries(sha).items() if entry.kind == "file"}
         card = read_metadata(repository.read(files["README.md"]).decode()) if "README.md" in files else {}
-        siblings = [{"rfilename": path} for path in files]
-        if request.query_params.get("blobs", "").lower() == "true":
-            siblings = [
-                {
-                    "rfilename": path,
-                    "blobId": entry.oid,
-                    **{k: v for k, v in describe(entry).items() if k in ("size", "lfs")},
-                }
-                for path, entry in files.items()
-            ]
-            for sibling in siblings:
-                if "lfs" in sibling:
-                    sibling["lfs"] = {**sibling["lfs"], "sha256": sibling["lfs"]["oid"]}
+        siblings = [{**describe(file), "rfilename": path, "blobId": file.oid} for path, file in files.items()]
         commits = repository.log(sha)
         identity = f"{parameter(request, 'namespace')}/{parameter(request, 'name')}"
         return {
@@ -319,7 +252,8 @@ class LoopbackHub:
             path = check_path(field(value, "path").rstrip("/") if key == "deletedFolder" else field(value, "path"))
             if key == "file":
                 changes[path] = decode(field(value, "content"))
-                check_content(path, changes[path], "dataset" if parameter(request, "kind") == "datasets" else "model")
+                if errors := check_file(path, changes[path], parameter(request, "kind")[:-1]):
+                    raise HubError(400, f"Invalid metadata in {path}: {'; '.join(errors)}")
             elif key == "lfsFile":
                 sha256 = field(value, "oid")
                 size = repository.object_size(sha256) if SHA256.fullmatch(sha256) else None
@@ -333,9 +267,9 @@ class LoopbackHub:
                 changes[path] = None
             else:
                 raise HubError(400, f"Unknown operation {key!r}.")
-        message = "\n\n".join(filter(None, (field(header, "summary"), header.get("description"))))
-        author = writer_of(request).name
-        oid = repository.commit(branch, author, message, changes, header.get("parentCommit") or "")
+        message = f"{field(header, 'summary')}\n\n{header.get('description') or ''}".strip()
+        parent = str(header.get("parentCommit") or "")
+        oid = repository.commit(branch, writer_of(request).name, message, changes, parent)
         return {
             "success": True,
             "commitOid": oid,
@@ -354,7 +288,8 @@ class LoopbackHub:
         listed = [entry for entry in entries.values() if entry.path.startswith(prefix)]
         if query.get("recursive", "").lower() != "true":
             listed = [entry for entry in listed if "/" not in entry.path[len(prefix) :]]
-        start, page = int(query.get("cursor", 0)), EXPANDED_PAGE_SIZE if expand else PAGE_SIZE
+        cursor = query.get("cursor", "")
+        start, page = int(cursor) if cursor.isdecimal() else 0, EXPANDED_PAGE_SIZE if expand else PAGE_SIZE
         answer = [self.expanded(repository, sha, entry, expand) for entry in listed[start : start + page]]
         headers = {}
         if start + page < len(listed):
@@ -378,7 +313,7 @@ class LoopbackHub:
             data = parse(body)
             paths, expand = field(data, "paths", list), bool(data.get("expand"))
         else:
-            form = parse_qs(body.decode())
+            form = parse_qs(body.decode(errors="replace"))
             paths, expand = form.get("paths", []), form.get("expand", [""])[0].lower() == "true"
         entries = repository.entries(sha)
         found = [entries[path] for path in paths if check_path(path.rstrip("/")) in entries]
@@ -444,24 +379,6 @@ class LoopbackHub:
         return application
 
 
-def decode(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise HubError(400, f"The content is not base64: {error}") from None
-
-
-def check_content(path: str, content: bytes, repo_type: str) -> None:
-    """Answer 400 to a card or a results file that the Hub could not show."""
-    errors = []
-    if path == "README.md":
-        errors = check_card(content.decode(errors="replace"), repo_type)[0]
-    elif re.fullmatch(r"\.eval_results/[^/]+\.ya?ml", path):
-        errors = check_results(content.decode(errors="replace"))
-    if errors:
-        raise HubError(400, f"Invalid metadata in {path}: {'; '.join(errors)}")
-
-
 def answering(handler: Callable):
     """An endpoint that reads the body, then works outside the event loop."""
 
@@ -473,7 +390,7 @@ def answering(handler: Callable):
 
 
 def refuse(request: Request, error: HubError) -> Response:
-    message = error.message.encode("ascii", "backslashreplace").decode().replace("\n", " ")
+    message = re.sub(r"[^ -~]+", " ", error.message)  # what a header can hold
     headers = {"X-Error-Message": message, **({"X-Error-Code": error.code} if error.code else {}), **error.headers}
     return JSONResponse({"error": error.message}, error.status, headers)
 
