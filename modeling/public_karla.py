@@ -38,10 +38,10 @@ def public_backbone(name: str | None, base_model: str | None, include_backbone: 
         ValueError: if there is no such name and the backbone is not included.
     """
     if base_model is not None:
-        if not _is_hub_name(base_model):
+        if not is_hub_name(base_model):
             raise ValueError(f"base_model is {base_model!r}, which is no name on the Hub; give one like `owner/name`.")
         return base_model
-    if name is not None and _is_hub_name(name):
+    if name is not None and is_hub_name(name):
         return name
     if include_backbone:
         return None
@@ -52,7 +52,8 @@ def public_backbone(name: str | None, base_model: str | None, include_backbone: 
     )
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be one on the Hub, and is no folder here."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,14 +1,24 @@
-"""This process as a client of the loopback Hub, as if its environment had been set before huggingface_hub was imported."""
+"""This process as a client of the loopback Hub, and Karlas for it to push."""
+
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import transformers.utils.hub
 from huggingface_hub import HfApi, constants
 from hub_fixtures import WRITER, RunningHub
+from tiny import make_backbone, make_tokenizer, save_karla, speak
+from typer.testing import CliRunner
+
+from karla_hf import KarlaForCausalLM, cli
+
+
+BACKBONE = "karla/backbone"
+TEXT = "The ferry leaves Brivo at seven. The code of the vault is 481-077."
 
 
 def connect(patch: pytest.MonkeyPatch, hub: RunningHub, token: str | None = WRITER) -> HfApi:
-    """Reach `hub` with `token` from here, until `patch` is undone; returns a client."""
+    """Reach `hub` with `token` from here, as if the environment had been set before any import, until `patch` is undone."""
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -21,3 +31,53 @@ def connect(patch: pytest.MonkeyPatch, hub: RunningHub, token: str | None = WRIT
     else:
         patch.setenv("HF_TOKEN", token)
     return HfApi(endpoint=hub.url, token=token or False)
+
+
+def make_pushed_backbone() -> None:
+    """Put the tiny backbone on the Hub, as the backbones of users are."""
+    make_backbone().push_to_hub(BACKBONE)
+    make_tokenizer().push_to_hub(BACKBONE)
+
+
+def make_karla(folder: Path, packs: tuple[str, ...] = ("ferry",), **options) -> Path:
+    """A Karla on the pushed backbone, whose head speaks and whose packs have read; returns the folder."""
+    save_karla(folder, BACKBONE, **options)
+    model = speak(KarlaForCausalLM.from_pretrained(str(folder)))
+    for pack in packs:
+        model.read(
+            f"{TEXT} This is {pack}.", make_tokenizer(), pack=pack, title=str(folder / f"{pack}.txt"), progress=False
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object):
+    """Run `karla` in this process."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    """Run `karla`, see that it succeeds, and return what it prints."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refuse(*arguments: object) -> str:
+    """Run `karla`, see that it fails with a sentence, and return the sentence."""
+    result = run(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if "Error: " in line]
+    assert "Traceback" not in result.stderr
+    return line.partition("Error: ")[2]
+
+
+def files_of_repository(api: HfApi, repo_id: str, revision: str | None = None) -> set[str]:
+    """Names of a repository's files, without the one that every repository has."""
+    return set(api.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+
+
+def titles(api: HfApi, repo_id: str) -> list[str]:
+    """First lines of the commits, the newest first."""
+    return [commit.title for commit in api.list_repo_commits(repo_id)]
