@@ -12,7 +12,7 @@ from karla_hf.card_results import Measured, check_hub_name, eval_entries, eval_r
 from karla_hf.checkpoints import check_checkpoint
 from karla_hf.modeling.engram_karla import Engram
 from karla_hf.modeling.manifest_karla import FOLDER, MANIFEST, files_of_pack, parse_manifest
-from karla_hf.modeling.public_karla import CARD, RESULTS
+from karla_hf.modeling.public_karla import CARD, RENEWED, RESULTS, is_hub_name, keeps_card
 from karla_hf.modeling.publishing_karla import card_data
 
 
@@ -64,7 +64,9 @@ def card_text(
     if measured.scores:
         more |= {"model_name": repo_id.rpartition("/")[2], "eval_results": eval_results(measured.scores)}
         more["metrics"] = sorted({score.metric for score in measured.scores})
-    data = card_data(dict(config), tags, **more)
+    name = config["base_model_name_or_path"]
+    base_model = name if name is not None and is_hub_name(name) else None
+    data = card_data({"base_model_name_or_path": base_model}, tags, **more)
     sizes = [sum({file.file: file.size for file in files_of_pack(dict(pack))}.values()) for pack in packs]
     card = ModelCard.from_template(
         data,
@@ -72,11 +74,12 @@ def card_text(
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         revision="main",
-        base_model=config.get("base_model_name_or_path"),
+        base_model=base_model,
         ticks=config["ctm_num_ticks"],
         backbone_included=config["backbone_included"],
         packs=[{**pack, "size": size} for pack, size in zip(packs, sizes, strict=True)],
         tables=measured.tables,
+        renewed=RENEWED,
     )
     return str(card).rstrip() + "\n"
 
@@ -102,7 +105,7 @@ def make_card(
     check_checkpoint(directory)
     for name in (repo_id, *datasets):
         check_hub_name(name)
-    if (directory / CARD).exists() and not force:
+    if keeps_card(directory) and not force:
         raise OSError(f"{directory} has a {CARD} already; give --force to replace it.")
     text = render_card(directory, repo_id, measured=measured, datasets=datasets, license=license)
     return write_card(directory, text, measured)
@@ -123,7 +126,7 @@ def pack_card_text(memory: Engram, pack: str, repo_id: str, backbone: str | None
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\nA pack of a Karla's memory{made}: "
         f"{found.tokens:,} tokens read, {found.num_owned:,} rows. It can give back the text that it was made of.\n\n"
-        f"```sh\nkarla pack pull DIR {repo_id}      # DIR: a Karla on the same backbone\nkarla forget DIR {pack}\n```\n"
+        f"```sh\nkarla pack pull DIR {repo_id}      # DIR: a Karla on the same backbone\nkarla forget DIR {pack}\n```\n\n{RENEWED}\n"
     )
 
 

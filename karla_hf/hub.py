@@ -32,11 +32,12 @@ from karla_hf.modeling.public_karla import (
     RESULTS,
     check_public,
     is_published,
+    keeps_card,
     public_backbone,
     public_memory,
     published_files,
 )
-from karla_hf.modeling.publishing_karla import publish
+from karla_hf.modeling.publishing_karla import keeps_remote_card, publish
 
 
 _PACK_FILE = re.compile(r"[\w.-]+-[0-9a-f]{16}\.safetensors")
@@ -59,8 +60,8 @@ def push(
 ) -> CommitInfo:
     """Push a Karla from its folder: memory, packed head, code, tokenizer and card, in one commit.
 
-    A `README.md` in the folder is the card. Without one, the card that the repository has stays, unless what follows
-    from `measured` on is given; a repository without a card gets one.
+    A `README.md` in the folder is the card. Without one, a card that was written there by hand, or with numbers, stays,
+    unless what follows from `measured` on is given; else a card is made.
 
     Args:
         directory: the folder. Not modified.
@@ -79,7 +80,7 @@ def push(
     """
     source = Path(directory)
     fresh_card = bool(measured or datasets or license)
-    if fresh_card and (source / CARD).is_file():
+    if fresh_card and keeps_card(source):
         raise ValueError(
             f"{source} has a {CARD} already, which is the card; write a new one there with `karla card --force`, or push "
             "without --eval, --dataset and --license."
@@ -95,7 +96,7 @@ def push(
         folder = Path(name)
         model.save_public(folder, include_backbone=include_backbone, packs=packs, base_model=base_model)
         save_tokenizer(tokenizer, folder)
-        if (source / CARD).is_file():
+        if keeps_card(source):
             shutil.copyfile(source / CARD, folder / CARD)
         for path in (source / RESULTS).glob("*.yaml"):
             (folder / RESULTS).mkdir(exist_ok=True)
@@ -184,7 +185,7 @@ def push_pack(
             there = file_names(head)
             if "config.json" in there:
                 raise ValueError(f"{head.id} holds a model; give the pack a repository of its own.")
-            if CARD not in there:
+            if not keeps_remote_card(api, head):
                 (folder / CARD).write_text(pack_card_text(memory, pack, head.id, backbone), encoding="utf-8")
                 names.add(CARD)
             check_public(folder, names, get_token())

@@ -54,8 +54,8 @@ def push(
     """Push a Karla to the Hub in one commit: memory, packed head, code, tokenizer, card.
 
     Of the backbone only the name is pushed. Packs that DIR no longer has are
-    deleted there. A README.md in DIR is the card; else one is made for a new
-    repository, and for any with --eval, --dataset or --license.
+    deleted there. A README.md in DIR is the card; without one, a card is made,
+    unless REPO has one that was written by hand or with numbers.
     """
     from karla_hf.card_results import read_measured
     from karla_hf.hub import push as run

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import HubStrategy, PushInProgress, SaveStrategy
-from transformers.utils.hub import hf_api
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils.hub import PushInProgress, hf_api
 
 from karla_hf.card import card_text
 from karla_hf.checkpoints import save_tokenizer
@@ -136,12 +136,7 @@ class PublishingTrainerMixin(Base):
     def _card(self, karla: KarlaForCausalLM, repo_id: str, dataset: str | None, tags: str | list[str] | None) -> str:
         own = [*getattr(self, "_tag_names", []), *(karla.model_tags or ())]  # TRL's
         tags = [*own, *([tags] if isinstance(tags, str) else tags or ())]
-        config = {
-            "base_model_name_or_path": public_backbone(
-                karla.config.base_model_name_or_path, None, include_backbone=True
-            ),
-            "backbone_included": karla.config.base_model_name_or_path is None,
-            "ctm_num_ticks": karla.config.ctm_num_ticks,
-        }
+        keys = ("base_model_name_or_path", "backbone_included", "ctm_num_ticks")
+        config = {key: getattr(karla.config, key) for key in keys}
         datasets = [dataset] if dataset is not None and is_hub_name(dataset) else []
         return card_text(config, repo_id, tags, datasets=datasets)

@@ -20,6 +20,7 @@ from .saving_karla import damaged_files
 
 
 CARD, RESULTS = "README.md", ".eval_results"
+RENEWED = "<!-- karla-hf makes this card anew with every push; take this line out to keep what you write. -->"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
     "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
@@ -133,6 +134,12 @@ def published_files(folder: Path) -> set[str]:
     optional = [CARD, "generation_config.json", *TOKENIZER_FILES]
     names |= {name for name in optional if (folder / name).is_file()}
     return names | {f"{RESULTS}/{path.name}" for path in (folder / RESULTS).glob("*.yaml")}
+
+
+def keeps_card(folder: Path) -> bool:
+    """Whether a folder has a card that is not to be made anew."""
+    path = folder / CARD
+    return path.is_file() and RENEWED not in path.read_text(encoding="utf-8")
 
 
 def is_published(name: str) -> bool:

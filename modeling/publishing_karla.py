@@ -9,13 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from huggingface_hub import CommitInfo, HfApi, ModelCardData, get_token
+from huggingface_hub import CommitInfo, HfApi, ModelCardData, ModelInfo, get_token
 from transformers.utils import logging
 
 from .bitlinear_karla import BitLinear, set_packed
 from .hub_karla import commit_files, file_names, hub_errors, open_repository
 from .manifest_karla import FOLDER, MANIFEST
-from .public_karla import CARD, check_public, public_backbone, public_memory, published_files, stale_files
+from .public_karla import (
+    CARD,
+    RENEWED,
+    check_public,
+    keeps_card,
+    public_backbone,
+    public_memory,
+    published_files,
+    stale_files,
+)
 from .saving_karla import save_folder
 from .sharded_karla import collect
 from .ternary_karla import CODES_PER_BYTE
@@ -30,7 +39,7 @@ def plain_card(folder: Path, repo_id: str, tags: Sequence[str] = ()) -> str:
     return (
         f"---\n{card_data(config, tags).to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\nA Karla: a memory that "
         "learns by reading, and a head that thinks, on a frozen language model. It is loaded with "
-        f'`AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)`.\n'
+        f'`AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)`.\n\n{RENEWED}\n'
     )
 
 
@@ -176,7 +185,7 @@ def publish(
         folder: what `save_public` wrote.
         repo_id: the repository.
         write_card: writes a card into the folder, given the repository's full name.
-        fresh_card: whether it is called even if folder or repository have a card.
+        fresh_card: whether it is called even if folder or repository have a card to keep.
         token, private, revision, create_pr: as in `push_to_hub`.
         message, description: of the commit.
     """
@@ -188,7 +197,7 @@ def publish(
         there = file_names(head)
         if MANIFEST in there:
             raise ValueError(f"{head.id} holds a pack of a memory, not a model; give another repository.")
-        if fresh_card or (CARD not in there and not (folder / CARD).is_file()):
+        if fresh_card or not (keeps_card(folder) or keeps_remote_card(api, head)):
             write_card(head.id)
         names = published_files(folder)
         check_public(folder, names, secret)
@@ -196,3 +205,11 @@ def publish(
             api, head, folder, names, stale_files(there, names), message=message or "Upload Karla", description=description,
             revision=revision, create_pr=create_pr,
         )  # fmt: skip
+
+
+def keeps_remote_card(api: HfApi, head: ModelInfo) -> bool:
+    """Whether a repository has a card that is not to be made anew."""
+    if CARD not in file_names(head):
+        return False
+    path = api.hf_hub_download(head.id, CARD, revision=head.sha)
+    return keeps_card(Path(path).parent)

@@ -5,8 +5,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import transformers.utils.hub
-from huggingface_hub import HfApi, constants
 from hub_fixtures import WRITER, RunningHub
+from huggingface_hub import HfApi, constants
 from tiny import make_backbone, make_tokenizer, save_karla, speak
 from typer.testing import CliRunner
 

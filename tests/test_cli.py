@@ -82,7 +82,8 @@ def test_every_command_explains_itself():
     for words in (
         ["new"], ["info"], ["chat"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
         ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
-        ["pack", "merge"], ["pack", "remove"], ["pack", "verify"],
+        ["pack", "merge"], ["pack", "remove"], ["pack", "verify"], ["pack", "push"], ["pack", "pull"], ["push"], ["pull"],
+        ["card"],
     ):  # fmt: skip
         assert f" {words[0]} " in shown
         text = succeed(*words, "--help")
