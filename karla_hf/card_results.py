@@ -122,7 +122,7 @@ def _add(measured: Measured, result: Mapping[str, Any], dataset: str | None) -> 
         case {"backbone_loss": float(before), "karla_loss": float(after), "tokens": int(tokens)}:
             _add_training(measured, result, before, after, tokens, dataset)
         case _:
-            raise KeyError("no known kind of result")
+            raise ValueError("This is no known kind of result.")
 
 
 def _add_recall(measured: Measured, asked: int, off: Mapping, on: Mapping, dataset: str | None) -> None:

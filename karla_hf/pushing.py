@@ -16,7 +16,7 @@ from karla_hf.modeling.publishing_karla import publish
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer as Base
+    from trl import SFTTrainer as Base
 else:
     Base = object
 
@@ -28,8 +28,8 @@ class PublishingTrainerMixin(Base):
     adapter is pushed as the trainer does by itself, which is the adapter's files.
     """
 
-    hub_model_id: str | None
-    push_in_progress: PushInProgress | None
+    hub_model_id: str | None  # type: ignore[assignment]  # transformers' own code says None alone
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, after a look at whether the model may be pushed at all.
@@ -101,9 +101,9 @@ class PublishingTrainerMixin(Base):
         card = self._card(karla, str(self.hub_model_id), None, None)
         job = self._publish(karla, f"Training in progress, {at}", None, None, card, blocking=False)
         if busy:
-            cast("PushInProgress", self.push_in_progress).jobs.append(job)
+            cast("Any", self.push_in_progress).jobs.append(job)
         else:
-            self.push_in_progress = PushInProgress([job])
+            self.push_in_progress = PushInProgress(cast("Any", [job]))
 
     def _publish(
         self, karla: KarlaForCausalLM, message: str | None, token: str | None, revision: str | None, card: str, *,
