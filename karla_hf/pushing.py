@@ -48,7 +48,7 @@ class PublishingTrainerMixin(Base):
             public_backbone(karla.config.base_model_name_or_path, None, include_backbone=False)
         super().init_hf_repo(token=token, private=private)
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # as TRL's
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write our model card into `output_dir`; arguments as in TRL."""

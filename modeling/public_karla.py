@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
 _WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
-_OURS = re.compile(rf"{FOLDER}/[^/]+|{_WEIGHTS.pattern}|model\.safetensors\.index\.json|\w+_(?:karla|ctm)\.py")
+_OURS = re.compile(rf"{FOLDER}/[\w-][\w.-]*|{_WEIGHTS.pattern}|model\.safetensors\.index\.json|\w+_(?:karla|ctm)\.py")
 _RESULT = re.compile(r"\.eval_results/[\w-][\w.-]*\.yaml")
 _LOCAL_PATH = re.compile(r"(?:file://|~[/\\]|/[^/\s]+/|[A-Za-z]:[/\\]|\\\\).*")
 _TEXTS = (".json", ".jinja", ".md", ".py", ".txt", ".yaml")

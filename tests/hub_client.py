@@ -1,5 +1,6 @@
 """This process as a client of the loopback Hub, and Karlas for it to push."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -81,3 +82,18 @@ def files_of_repository(api: HfApi, repo_id: str, revision: str | None = None) -
 def titles(api: HfApi, repo_id: str) -> list[str]:
     """First lines of the commits, the newest first."""
     return [commit.title for commit in api.list_repo_commits(repo_id)]
+
+
+def memory_files(folder: Path) -> set[str]:
+    """The memory's files as its manifest names them, read without the package."""
+    manifest = json.loads((folder / "engram" / "manifest.json").read_text(encoding="utf-8"))
+    tables = [table for pack in manifest["packs"] for level in pack["levels"] for table in level["tables"]]
+    names = {manifest["constants"]["file"], *(file["file"] for table in tables for file in table["files"])}
+    return {"engram/manifest.json", *(f"engram/{name}" for name in names)}
+
+
+def flip(path: Path, at: int) -> bytes:
+    """A file's content with one bit changed in the byte `at`."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    return bytes(content)
