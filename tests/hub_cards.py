@@ -1,5 +1,6 @@
 """What the loopback Hub checks in a card and in results files before it takes them."""
 
+import json
 import re
 
 import yaml
@@ -12,10 +13,15 @@ STRING_KEYS = ("library_name", "license_name", "license_link", "pipeline_tag", "
 LIST_KEYS = ("base_model", "datasets", "language", "license", "metrics", "tags")
 
 
-def read_metadata(card: str) -> dict:
-    """The metadata of a valid card; empty if it has none or is not valid."""
-    match = FRONT_MATTER.match(card)
-    return yaml.safe_load(match[1]) or {} if match and not check_card(card, "model")[0] else {}
+def read_metadata(card: bytes) -> dict:
+    """The metadata of a card as JSON has them; empty if it has none or is not valid."""
+    text = card.decode(errors="replace")
+    errors, warnings = check_card(text, "model")
+    return {} if errors or warnings else json.loads(as_json(yaml.safe_load(FRONT_MATTER.match(text)[1])))
+
+
+def as_json(data) -> str:
+    return json.dumps(data, default=str, allow_nan=False)  # dates are written as text
 
 
 def check_file(path: str, content: bytes, repo_type: str) -> list[str]:
@@ -40,16 +46,28 @@ def check_card(card: str, repo_type: str) -> tuple[list[str], list[str]]:
         return [], ["empty or missing yaml metadata in repo card"]
     if not isinstance(data, dict):
         return [f"The metadata must be a mapping, not a {type(data).__name__}"], []
+    try:
+        as_json(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        return [f"The metadata cannot be shown as JSON: {error}"], []
     errors = [f'"{key}" must be a string' for key in STRING_KEYS if not isinstance(data.get(key, ""), str)]
-    errors += [f'"{key}" must be a string or a list of strings' for key in LIST_KEYS if not is_strings(data.get(key))]
+    errors += [
+        f'"{key}" must be a string or a list of strings'
+        for key in LIST_KEYS
+        if not all_strings(list_of(data.get(key)))
+    ]
     if repo_type == "model":
         errors += check_model_index(data.get("model-index"))
     return errors, []
 
 
-def is_strings(value) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return value is None or all(isinstance(one, str) and one for one in values)
+def list_of(value) -> list:
+    """Where one or several may stand: all of them."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def all_strings(values: list) -> bool:
+    return all(isinstance(value, str) and value for value in values)
 
 
 def get(value, *keys):

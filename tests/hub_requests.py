@@ -39,11 +39,12 @@ def writer_of(request: Request, namespace: str | None = None) -> Account:
     """Who asks, if they may write in the namespace (by default their own)."""
     account = account_of(request)
     if account is None:
-        raise HubError(
-            401, "Invalid username or password.", "RepoNotFound" if "namespace" in request.path_params else ""
-        )
+        code = "RepoNotFound" if "namespace" in request.path_params else ""
+        raise HubError(401, "Invalid username or password.", code)
     if account.role != "write" or namespace not in (None, account.name):
-        raise HubError(403, f"The {account.role} token of {account.name} may not write to {namespace or account.name}")
+        raise HubError(
+            403, f"The {account.role} token of {account.name} may not write to {namespace or account.name!r}"
+        )
     return account
 
 

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ NO_COMMIT = "0" * 40
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/+-]{0,200}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+Changes = dict[str, bytes | None]  # new content by path; None deletes a file or folder
 
 
 class HubError(Exception):
@@ -147,13 +148,11 @@ class Repository:
                 raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
             git(self.path, "update-ref", "-d", f"refs/{kind}/{name}")
 
-    def commit(
-        self, branch: str, author: str, message: str, changes: dict[str, bytes | None], parent: str = ""
-    ) -> str:
+    def commit(self, branch: str, author: str, message: str, changes: Changes, parent: str = "") -> str:
         """Put a commit on a branch, whole or not at all, and return its hash.
 
         Args:
-            changes: content by path; `None` deletes a file or folder.
+            changes: content by path, of regular files and of the pointers to large ones.
             parent: if given (at least 7 digits), what the branch must point to.
         """
         for content in changes.values():
@@ -168,9 +167,8 @@ class Repository:
                 raise HubError(412, f"The branch {branch} is at {head}, not at {parent}: get its files and try again.")
             scratch = f"refs/scratch/{uuid.uuid4().hex}"
             script = b"".join(import_script(scratch, head, author, message, changes))
-            new = (
-                git(self.path, "fast-import", "--quiet", "--done", "--date-format=now", stdin=script).decode().strip()
-            )
+            printed = git(self.path, "fast-import", "--quiet", "--done", "--date-format=now", stdin=script)
+            new = printed.decode().strip()
             moves = f"update refs/heads/{branch} {new} {head or NO_COMMIT}\ndelete {scratch}\n"
             git(self.path, "update-ref", "--stdin", stdin=moves.encode())
         return new
@@ -203,9 +201,9 @@ class Repository:
                 Path(file.name).unlink(missing_ok=True)
 
 
-def import_script(ref: str, head: str, author: str, message: str, changes: dict[str, bytes | None]):
+def import_script(ref: str, head: str, author: str, message: str, changes: Changes) -> Iterator[bytes]:
     """Lines for `git fast-import` that make one commit and print its hash."""
-    text = message.encode(errors="replace")
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", " ", message).encode(errors="replace")
     yield f"commit {ref}\nmark :1\ncommitter {author} <{author}@127.0.0.1> now\ndata {len(text)}\n".encode() + text
     yield f"\nfrom {head}\n".encode() if head else b"\n"
     for path, content in changes.items():
@@ -218,7 +216,10 @@ def import_script(ref: str, head: str, author: str, message: str, changes: dict[
 
 
 class Store:
-    """The repositories under a folder: `models/NAMESPACE/NAME.git` and `datasets/NAMESPACE/NAME.git`."""
+    """The repositories under a folder: `models/NAMESPACE/NAME.git` and `datasets/NAMESPACE/NAME.git`.
+
+    One server at a time works on a folder: it removes what an earlier one left half-done.
+    """
 
     def __init__(self, root: Path):
         self.root = root

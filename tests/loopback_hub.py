@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode
 
 import uvicorn
-from hub_cards import check_card, check_file, read_metadata
+from hub_cards import check_card, check_file, list_of, read_metadata
 from hub_requests import account_of, decode, field, parameter, parse, writer_of
 from hub_store import LARGE_SUFFIXES, NAME, SHA256, Entry, HubError, Repository, Store, check_path, pointer
 from starlette.applications import Starlette
@@ -49,6 +49,23 @@ def describe(entry: Entry) -> dict:
     return described
 
 
+def describe_at(repository: Repository, sha: str, entry: Entry, expand: bool) -> dict:
+    """The same; if asked for, with the last commit that changed it."""
+    if not expand:
+        return describe(entry)
+    last = repository.log(sha, entry.path, limit=1)[0]
+    return {**describe(entry), "lastCommit": {**last, "date": as_date(last["seconds"])}}
+
+
+def repository_id(request: Request) -> str:
+    return f"{parameter(request, 'namespace')}/{parameter(request, 'name')}"
+
+
+def web_path(kind: str, identity: str) -> str:
+    """Where a repository is on the web: data sets have a prefix."""
+    return f"datasets/{identity}" if kind == "datasets" else identity
+
+
 def is_large(path: str, sample: bytes, size: int) -> bool:
     """Whether a file goes beside git: by its name, its size, or because it begins like no text."""
     return path.endswith(LARGE_SUFFIXES) or size > REGULAR_SIZE_MAX or b"\0" in sample
@@ -74,9 +91,7 @@ class LoopbackHub:
         return found
 
     def location(self, request: Request) -> str:
-        """`NAMESPACE/NAME`, with `datasets/` before it if it is one: where the repository is on the web."""
-        prefix = "datasets/" if parameter(request, "kind") == "datasets" else ""
-        return f"{prefix}{parameter(request, 'namespace')}/{parameter(request, 'name')}"
+        return web_path(parameter(request, "kind", "models"), repository_id(request))
 
     def whoami(self, request: Request, body: bytes) -> dict:
         account = account_of(request)
@@ -93,14 +108,14 @@ class LoopbackHub:
         namespace = data.get("organization") or writer_of(request).name
         writer_of(request, namespace)
         if kind not in ("models", "datasets") or not NAME.fullmatch(name):
-            raise HubError(400, f"Cannot keep {kind} named {name!r}: models and datasets with plain names only.")
+            raise HubError(400, f"Cannot keep {kind!r} named {name!r}: models and datasets with plain names only.")
         return kind, namespace, name
 
     def create_repository(self, request: Request, body: bytes) -> Response:
         kind, namespace, name = self.named(request, body)
         private = parse(body).get("visibility") == "private" or parse(body).get("private") is True
         made = self.store.create(kind, namespace, name, private=private)
-        answer = {"url": f"{request.base_url}{'datasets/' if kind == 'datasets' else ''}{namespace}/{name}"}
+        answer = {"url": f"{request.base_url}{web_path(kind, f'{namespace}/{name}')}"}
         if not made:
             answer["error"] = f"You already created this {kind[:-1]} repo: {namespace}/{name}"
         return JSONResponse(answer, 200 if made else 409)
@@ -116,15 +131,15 @@ class LoopbackHub:
         repository = self.repository(request)
         sha = repository.resolve(parameter(request, "revision", "main"))
         files = {path: entry for path, entry in repository.entries(sha).items() if entry.kind == "file"}
-        card = read_metadata(repository.read(files["README.md"]).decode()) if "README.md" in files else {}
+        card = read_metadata(repository.read(files["README.md"])) if "README.md" in files else {}
         siblings = [{**describe(file), "rfilename": path, "blobId": file.oid} for path, file in files.items()]
         commits = repository.log(sha)
-        identity = f"{parameter(request, 'namespace')}/{parameter(request, 'name')}"
+        identity = repository_id(request)
         return {
             "id": identity, "modelId": identity, "author": parameter(request, "namespace"), "sha": sha,
             "createdAt": as_date(commits[-1]["seconds"]), "lastModified": as_date(commits[0]["seconds"]),
             "private": repository.is_private, "gated": False, "disabled": False, "downloads": 0, "likes": 0,
-            "siblings": siblings, "cardData": card, "tags": card.get("tags") or [],
+            "siblings": siblings, "cardData": card, "tags": list_of(card.get("tags")),
             **{key: card[key] for key in ("library_name", "pipeline_tag") if key in card},
         }  # fmt: skip
 
@@ -196,11 +211,8 @@ class LoopbackHub:
         repository, data = self.repository(request, write=True), parse(body)
         if data.get("operation") != "upload":
             raise HubError(400, "This Hub grants uploads; download through /resolve/.")
-        base, expires = (
-            f"{request.base_url}{self.location(request)}.git/info/lfs",
-            int(time.time()) + self.grant_seconds,
-        )
-        objects = []
+        base = f"{request.base_url}{self.location(request)}.git/info/lfs"
+        expires, objects = int(time.time()) + self.grant_seconds, []
         for item in field(data, "objects", list):
             sha256, size = field(item, "oid"), field(item, "size", int)
             if not SHA256.fullmatch(sha256) or size < 0:
@@ -270,11 +282,8 @@ class LoopbackHub:
         message = f"{field(header, 'summary')}\n\n{header.get('description') or ''}".strip()
         parent = str(header.get("parentCommit") or "")
         oid = repository.commit(branch, writer_of(request).name, message, changes, parent)
-        return {
-            "success": True,
-            "commitOid": oid,
-            "commitUrl": f"{request.base_url}{self.location(request)}/commit/{oid}",
-        }
+        url = f"{request.base_url}{self.location(request)}/commit/{oid}"
+        return {"success": True, "commitOid": oid, "commitUrl": url}
 
     # Pulling
 
@@ -288,36 +297,22 @@ class LoopbackHub:
         listed = [entry for entry in entries.values() if entry.path.startswith(prefix)]
         if query.get("recursive", "").lower() != "true":
             listed = [entry for entry in listed if "/" not in entry.path[len(prefix) :]]
-        cursor = query.get("cursor", "")
-        start, page = int(cursor) if cursor.isdecimal() else 0, EXPANDED_PAGE_SIZE if expand else PAGE_SIZE
-        answer = [self.expanded(repository, sha, entry, expand) for entry in listed[start : start + page]]
+        start = int(query["cursor"]) if re.fullmatch(r"\d{1,9}", query.get("cursor", "")) else 0
+        page = EXPANDED_PAGE_SIZE if expand else PAGE_SIZE
+        answer = [describe_at(repository, sha, entry, expand) for entry in listed[start : start + page]]
         headers = {}
         if start + page < len(listed):
             following = urlencode({**query, "cursor": start + page})
-            kind, name = parameter(request, "kind"), f"{parameter(request, 'namespace')}/{parameter(request, 'name')}"
-            address = f"{request.base_url}api/{kind}/{name}/tree/{sha}/{quote(path, safe='')}".rstrip("/")
+            tree = f"{request.base_url}api/{parameter(request, 'kind')}/{repository_id(request)}/tree/{sha}"
+            address = f"{tree}/{quote(path, safe='')}".rstrip("/")
             headers["Link"] = f'<{address}?{following}>; rel="next"'
         return JSONResponse(answer, headers=headers)
 
-    def expanded(self, repository: Repository, sha: str, entry: Entry, expand: bool) -> dict:
-        if not expand:
-            return describe(entry)
-        last = repository.log(sha, entry.path, limit=1)[0]
-        commit = {"id": last["id"], "title": last["title"], "date": as_date(last["seconds"])}
-        return {**describe(entry), "lastCommit": commit}
-
     def paths_info(self, request: Request, body: bytes) -> list[dict]:
-        repository = self.repository(request)
-        sha = repository.resolve(parameter(request, "revision"))
-        if request.headers.get("content-type", "").startswith("application/json"):
-            data = parse(body)
-            paths, expand = field(data, "paths", list), bool(data.get("expand"))
-        else:
-            form = parse_qs(body.decode(errors="replace"))
-            paths, expand = form.get("paths", []), form.get("expand", [""])[0].lower() == "true"
-        entries = repository.entries(sha)
-        found = [entries[path] for path in paths if check_path(path.rstrip("/")) in entries]
-        return [self.expanded(repository, sha, entry, expand) for entry in found]
+        repository, form = self.repository(request), parse_qs(body.decode(errors="replace"))
+        sha, expand = repository.resolve(parameter(request, "revision")), form.get("expand", [""])[0].lower() == "true"
+        paths, entries = [check_path(path.rstrip("/")) for path in form.get("paths", [])], repository.entries(sha)
+        return [describe_at(repository, sha, entries[path], expand) for path in paths if path in entries]
 
     def resolve(self, request: Request, body: bytes) -> Response:
         """HEAD and GET of a file, whole or in part."""
@@ -332,13 +327,12 @@ class LoopbackHub:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(entry.size)}
             return FileResponse(repository.object_path(entry.sha256), headers=headers)
         content, status = repository.read(entry), 200
-        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
-            start, stop = int(part[1]), min(int(part[2] or len(content)) + 1, len(content))
+        size = len(content)
+        if part := re.fullmatch(r"bytes=(\d{1,15})-(\d{0,15})", request.headers.get("range", "")):
+            start, stop = int(part[1]), min(int(part[2] or size) + 1, size)
             if start >= stop:
-                raise HubError(
-                    416, "No byte of the file is in the range.", "", {"Content-Range": f"bytes */{len(content)}"}
-                )
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+                raise HubError(416, "The file has no such bytes.", headers={"Content-Range": f"bytes */{size}"})
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
             content, status = content[start:stop], 206
         return Response(content, status, headers, media_type="application/octet-stream")
 
@@ -415,7 +409,9 @@ def main() -> None:
     application = LoopbackHub(options.root, options.grant_seconds).application()
     with socket.create_server(("127.0.0.1", options.port)) as listening:
         print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)  # noqa: T201
-        uvicorn.Server(uvicorn.Config(application, log_level="warning")).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)).run(
+            sockets=[listening]
+        )
 
 
 if __name__ == "__main__":

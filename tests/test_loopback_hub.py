@@ -1,51 +1,12 @@
 """The loopback Hub, asked by the unmodified huggingface_hub client in other processes, and by hand where that refuses."""
 
-import base64
-import http.client
 import inspect
 import json
-import shutil
 import subprocess
 import sys
 import time
 
-import pytest
-from hub_fixtures import READER, STRANGER, TESTS, WRITER, running_hub
-
-
-def ask(hub, method, path, body=None, *, token=WRITER, headers=None):
-    """One request, sent as it stands: status, headers, body."""
-    connection = http.client.HTTPConnection(hub.url.removeprefix("http://"), timeout=30)
-    body = json.dumps(body).encode() if isinstance(body, dict) else body
-    authorization = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        connection.request(method, path, body, {**authorization, **(headers or {})})
-        response = connection.getresponse()
-        return response.status, response.headers, response.read()
-    finally:
-        connection.close()
-
-
-def create(hub, name, **options):
-    status, _, body = ask(hub, "POST", "/api/repos/create", {"name": name, "organization": None, **options})
-    assert status == 200, body
-
-
-def commit(hub, name, *operations, token=WRITER):
-    lines = [{"key": "header", "value": {"summary": "by hand", "description": ""}}, *operations]
-    body = "\n".join(map(json.dumps, lines)).encode()
-    return ask(hub, "POST", f"/api/models/karla/{name}/commit/main", body, token=token)
-
-
-def regular(path, content):
-    return {
-        "key": "file",
-        "value": {"path": path, "content": base64.b64encode(content).decode(), "encoding": "base64"},
-    }
-
-
-def head_of(hub, name):
-    return json.loads(ask(hub, "GET", f"/api/models/karla/{name}")[2])["sha"]
+from hub_fixtures import READER, STRANGER, WRITER, regular_file, running_hub
 
 
 def wait_for(condition):
@@ -263,8 +224,8 @@ def push_large(size, stop_at):
 
 
 def test_a_killed_upload_leaves_nothing_behind(loopback_hub):
-    create(loopback_hub, "killed")
-    head, size = head_of(loopback_hub, "killed"), 20_000_000
+    loopback_hub.create("killed")
+    head, size = loopback_hub.head("killed"), 20_000_000
     large_files = loopback_hub.root / "models" / "karla" / "killed.git" / "lfs"
 
     def stored():
@@ -278,7 +239,7 @@ def test_a_killed_upload_leaves_nothing_behind(loopback_hub):
         assert [file.parent.name for file in stored()] == ["incoming"]
         client.kill()
     wait_for(lambda: not stored())
-    assert head_of(loopback_hub, "killed") == head
+    assert loopback_hub.head("killed") == head
     files = loopback_hub.call(push_large, size=size, stop_at=None)
     assert files == [".gitattributes", "large.bin"]
     assert [file.stat().st_size for file in stored()] == [size]
@@ -286,20 +247,20 @@ def test_a_killed_upload_leaves_nothing_behind(loopback_hub):
 
 def test_a_server_that_was_killed_clears_its_half_files_and_keeps_the_rest(tmp_path):
     with running_hub(tmp_path) as hub:
-        create(hub, "kept")
-        assert commit(hub, "kept", regular("kept.txt", b"kept"))[0] == 200
-        head = head_of(hub, "kept")
+        hub.create("kept")
+        assert hub.commit("kept", regular_file("kept.txt", b"kept"))[0] == 200
+        head = hub.head("kept")
     half = tmp_path / "hub" / "models" / "karla" / "kept.git" / "lfs" / "incoming" / "half"
     half.write_bytes(b"half")
     with running_hub(tmp_path) as hub:
         assert not half.exists()
-        assert head_of(hub, "kept") == head
-        assert ask(hub, "GET", "/karla/kept/resolve/main/kept.txt")[2] == b"kept"
+        assert hub.head("kept") == head
+        assert hub.ask("GET", "/karla/kept/resolve/main/kept.txt")[2] == b"kept"
 
 
 def batch(hub, name, sha256, size, *, token=WRITER):
     body = {"operation": "upload", "objects": [{"oid": sha256, "size": size}]}
-    status, _, answer = ask(hub, "POST", f"/karla/{name}.git/info/lfs/objects/batch", body, token=token)
+    status, _, answer = hub.ask("POST", f"/karla/{name}.git/info/lfs/objects/batch", body, token=token)
     assert status == 200, answer
     return json.loads(answer)["objects"][0]["actions"]["upload"]["href"].removeprefix(hub.url)
 
@@ -308,8 +269,8 @@ CONTENT, SHA256 = b"content", "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec
 
 
 def test_an_upload_needs_the_grant_of_the_server(loopback_hub):
-    create(loopback_hub, "grants")
-    create(loopback_hub, "other-grants")
+    loopback_hub.create("grants")
+    loopback_hub.create("other-grants")
     link = batch(loopback_hub, "grants", SHA256, len(CONTENT))
     forgeries = {
         "no grant": link.split("?")[0],
@@ -322,21 +283,21 @@ def test_an_upload_needs_the_grant_of_the_server(loopback_hub):
     }
     for name, forgery in forgeries.items():
         assert forgery != link, name
-        assert ask(loopback_hub, "PUT", forgery, CONTENT, token=None)[0] == 403, name
+        assert loopback_hub.ask("PUT", forgery, CONTENT, token=None)[0] == 403, name
     refused = {b"CONTENT": 400, b"conten": 400, b"contents": 413}
     for content, expected in refused.items():
-        assert ask(loopback_hub, "PUT", link, content, token=None)[0] == expected, content
+        assert loopback_hub.ask("PUT", link, content, token=None)[0] == expected, content
     large_files = loopback_hub.root / "models" / "karla" / "grants.git" / "lfs"
     assert not [file for file in large_files.rglob("*") if file.is_file()]
     large = {"key": "lfsFile", "value": {"path": "a.bin", "algo": "sha256", "oid": SHA256, "size": len(CONTENT)}}
-    assert commit(loopback_hub, "grants", large)[0] == 400
+    assert loopback_hub.commit("grants", large)[0] == 400
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{SHA256}\nsize {len(CONTENT)}\n".encode()
-    assert commit(loopback_hub, "grants", regular("a.bin", pointer))[0] == 400
+    assert loopback_hub.commit("grants", regular_file("a.bin", pointer))[0] == 400
 
-    assert ask(loopback_hub, "PUT", link, CONTENT, token=None)[0] == 200
-    assert commit(loopback_hub, "grants", large)[0] == 200
-    assert ask(loopback_hub, "GET", "/karla/grants/resolve/main/a.bin")[2] == CONTENT
-    assert commit(loopback_hub, "other-grants", large)[0] == 400, "the hash of a file is no way to get at it"
+    assert loopback_hub.ask("PUT", link, CONTENT, token=None)[0] == 200
+    assert loopback_hub.commit("grants", large)[0] == 200
+    assert loopback_hub.ask("GET", "/karla/grants/resolve/main/a.bin")[2] == CONTENT
+    assert loopback_hub.commit("other-grants", large)[0] == 400, "the hash of a file is no way to get at it"
 
 
 def test_an_expired_grant_is_refused(tmp_path):
@@ -382,9 +343,9 @@ def test_parts_of_files_are_read_and_downloads_resume(loopback_hub):
     place = "/karla/parts/resolve/main/"
     for path, last in (("small.txt", b"89"), ("large.bin", bytes([14, 15]))):
         size = {"small.txt": 10, "large.bin": 1_000_000}[path]
-        status, headers, body = ask(loopback_hub, "GET", place + path, headers={"Range": f"bytes={size - 2}-"})
+        status, headers, body = loopback_hub.ask("GET", place + path, headers={"Range": f"bytes={size - 2}-"})
         assert (status, headers["Content-Range"], body) == (206, f"bytes {size - 2}-{size - 1}/{size}", last)
-        assert ask(loopback_hub, "GET", place + path, headers={"Range": f"bytes={size}-"})[0] == 416
+        assert loopback_hub.ask("GET", place + path, headers={"Range": f"bytes={size}-"})[0] == 416
 
 
 def list_many(count):
@@ -411,156 +372,9 @@ def test_long_listings_come_in_pages(loopback_hub):
     assert found["files"] == found["distinct"] == 1203
     assert found["titles"] == [60, 1]
     assert found["info"] == [["RepoFolder", "many"], ["RepoFile", "few/a.bin"]]
-    _, headers, body = ask(loopback_hub, "GET", "/api/models/karla/many/tree/main?recursive=true")
+    _, headers, body = loopback_hub.ask("GET", "/api/models/karla/many/tree/main?recursive=true")
     assert len(json.loads(body)) == 1000
     assert 'rel="next"' in headers["Link"]
-
-
-def check_cards(cards):
-    import yaml
-    from huggingface_hub import HfApi, ModelCard
-
-    api, found = HfApi(), {"pushed": {}, "validated": {}}
-    api.create_repo("karla/cards")
-    for name, text in cards.items():
-        try:
-            api.upload_file(repo_id="karla/cards", path_or_fileobj=text.encode(), path_in_repo="README.md")
-            found["pushed"][name] = "valid"
-        except ValueError as error:
-            found["pushed"][name] = str(error)
-        try:
-            card = ModelCard(text)
-        except (ValueError, yaml.YAMLError):  # the client does not get as far as asking the server
-            continue
-        try:
-            card.validate()
-            found["validated"][name] = "valid"
-        except ValueError as error:
-            found["validated"][name] = str(error)
-    return found
-
-
-METRIC = "{type: accuracy, value: 0.5}"
-RESULTS = "model-index:\n- name: karla\n  results:\n  - task: {type: text-generation}\n    "
-CARDS = {
-    "full": "license: mit\nbase_model: a/b\ntags: [x, y]\nlanguage: en\n"
-    + RESULTS + "dataset: {type: facts, name: Facts}\n    metrics: [" + METRIC + "]\n",
-    "a licence of TRL": "licence: license\nlibrary_name: transformers\n",
-    "no string": "license: [1]\n",
-    "no list of strings": "tags: [1, 2]\n",
-    "no results": "model-index:\n- name: karla\n",
-    "no data set": RESULTS + "metrics: [" + METRIC + "]\n",
-    "no value": RESULTS + "dataset: {type: facts, name: Facts}\n    metrics: [{type: accuracy}]\n",
-    "no mapping": "- a\n- b\n",
-    "no mapping, no YAML": "a: [\n",
-}  # fmt: skip
-COMPLAINTS = {
-    "no string": '"license" must be a string or a list of strings',
-    "no list of strings": '"tags" must be a string or a list of strings',
-    "no results": '"model-index[0].results" must be an array',
-    "no data set": '"model-index[0].results[0].dataset.type" is required',
-    "no value": '"model-index[0].results[0].metrics" must be an array of {type, value}',
-    "no mapping": "must be a mapping, not a list",
-    "no mapping, no YAML": "is not YAML",
-}
-
-
-def test_cards_are_checked_before_and_at_the_commit(loopback_hub):
-    cards = {name: f"---\n{metadata}---\n# A model\n" for name, metadata in CARDS.items()}
-    found = loopback_hub.call(check_cards, cards=cards)
-    assert list(found["pushed"]) == list(CARDS)
-    assert list(found["validated"]) == ["full", "a licence of TRL", "no string", "no list of strings"]
-    for name, verdict in [*found["pushed"].items(), *found["validated"].items()]:
-        assert COMPLAINTS.get(name, "valid") in verdict.replace('\\"', '"'), name
-    for name, card in cards.items():
-        status, headers, _ = commit(loopback_hub, "cards", regular("README.md", card.encode()))
-        assert status == (400 if name in COMPLAINTS else 200), name
-        assert COMPLAINTS.get(name, "") in headers.get("X-Error-Message", ""), name
-
-
-@pytest.mark.parametrize(
-    ("results", "status"),
-    [
-        ("- dataset: {id: karla/facts, task_id: default}\n  value: 0.5\n", 200),
-        ("- dataset: {id: karla/facts, task_id: default}\n", 400),
-        ("- dataset: {id: karla/facts}\n  value: 0.5\n", 400),
-        ("dataset: {id: karla/facts, task_id: default}\n", 400),
-        ("- [", 400),
-    ],
-)
-def test_results_files_are_checked(loopback_hub, results, status):
-    name = f"results-{abs(hash(results))}"
-    create(loopback_hub, name)
-    assert commit(loopback_hub, name, regular(".eval_results/facts.yaml", results.encode()))[0] == status
-
-
-ESCAPES = ["../x", "a/../x", "/x", "a//x", "a/./x", ".git/config", "a/.GIT/x", ".git./x", "a\\x", "a\nx", "a\0x", "", "a/", "\ud800"]  # fmt: skip
-
-
-@pytest.mark.parametrize("path", ESCAPES)
-def test_no_path_leaves_the_repository(loopback_hub, path):
-    from urllib.parse import quote
-
-    if not any((loopback_hub.root / "models" / "karla").glob("paths.git")):
-        create(loopback_hub, "paths")
-    api, head = "/api/models/karla/paths", head_of(loopback_hub, "paths")
-    files = {"files": [{"path": path, "sample": "", "size": 0}]}
-    assert ask(loopback_hub, "POST", f"{api}/preupload/main", files)[0] == 400
-    large = {"key": "lfsFile", "value": {"path": path, "algo": "sha256", "oid": SHA256, "size": 7}}
-    deleted = {"key": "deletedFile", "value": {"path": path}}
-    for operation in (regular(path, b"x"), large, deleted):
-        assert commit(loopback_hub, "paths", regular("good.txt", b"x"), operation)[0] == 400
-    assert head_of(loopback_hub, "paths") == head
-    encoded = quote(path.encode(errors="replace"), safe="")
-    if path not in ("", "\ud800"):
-        assert ask(loopback_hub, "GET", f"/karla/paths/resolve/main/{encoded}")[0] == 400
-        assert ask(loopback_hub, "GET", f"{api}/tree/main/{encoded}")[0] == 400
-        assert ask(loopback_hub, "GET", f"/karla/paths/resolve/main/{path}".encode("unicode_escape").decode())[0] in (
-            400,
-            404,
-        )
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "body"),
-    [
-        ("POST", "/api/repos/create", {"name": "../x"}),
-        ("POST", "/api/repos/create", {"name": "x", "type": "space"}),
-        ("POST", "/api/repos/create", {"name": 3}),
-        ("POST", "/api/repos/create", b"{"),
-        ("POST", "/api/repos/create", b"[]"),
-        ("POST", "/api/models/karla/bad/commit/main", b'{"key": "file"}'),
-        ("POST", "/api/models/karla/bad/commit/main", b'{"key": "move", "value": {"path": "a"}}'),
-        ("POST", "/api/models/karla/bad/commit/main", b'{"key": "file", "value": {"path": "a", "content": "*"}}'),
-        ("POST", "/api/models/karla/bad/commit/main", b""),
-        ("POST", "/api/models/karla/bad/preupload/main", {"files": [{"path": "a", "sample": "", "size": "1"}]}),
-        ("POST", "/api/models/karla/bad/tag/main", {"tag": "a\0b"}),
-        ("POST", "/api/models/karla/bad/branch/a%20b", {}),
-        ("POST", "/karla/bad.git/info/lfs/objects/batch", {"operation": "download", "objects": []}),
-        ("POST", "/karla/bad.git/info/lfs/objects/batch", {"operation": "upload", "objects": [{"oid": "..", "size": 1}]}),
-    ],
-)  # fmt: skip
-def test_what_is_no_request_is_answered_with_400(loopback_hub, method, path, body):
-    if not (loopback_hub.root / "models" / "karla" / "bad.git").exists():
-        create(loopback_hub, "bad")
-    status, _, answer = ask(loopback_hub, method, path, body)
-    assert status == 400, answer
-    assert json.loads(answer)["error"]
-
-
-@pytest.mark.parametrize(
-    "revision", ["main~1", "main^", "HEAD", "@", "-h", "main:README.md", "refs%2Fscratch%2Fx", "..", "%00"]
-)
-def test_a_revision_is_a_name_and_nothing_that_git_computes(loopback_hub, revision):
-    if not (loopback_hub.root / "models" / "karla" / "revisions.git").exists():
-        create(loopback_hub, "revisions")
-    status, headers, _ = ask(loopback_hub, "GET", f"/api/models/karla/revisions/revision/{revision}")
-    assert (status, headers["X-Error-Code"]) == (404, "RevisionNotFound")
-
-
-def test_only_this_machine_is_answered(loopback_hub):
-    assert ask(loopback_hub, "GET", "/api/whoami-v2", headers={"Host": "hub.example"})[0] == 400
-    assert ask(loopback_hub, "GET", "/api/whoami-v2", token=None)[0] == 401
 
 
 def push_dataset(rows):
@@ -589,20 +403,5 @@ def test_data_sets_are_pushed_loaded_and_streamed(loopback_hub):
     found = loopback_hub.call(push_dataset, rows=500)
     splits = {"train": 500, "test": 3}
     assert found == {"loaded": True, "splits": splits, "streamed": True, "tagged": "text 0", "private": True}
-    status, headers, _ = ask(loopback_hub, "GET", "/api/datasets/karla/facts", token=None)
+    status, headers, _ = loopback_hub.ask("GET", "/api/datasets/karla/facts", token=None)
     assert (status, headers["X-Error-Code"]) == (401, "RepoNotFound")
-
-
-def test_the_server_runs_where_only_its_own_folder_is(tmp_path):
-    """It imports nothing of the project: four files, PyYAML and Starlette are enough."""
-    for name in ("loopback_hub.py", "hub_requests.py", "hub_store.py", "hub_cards.py"):
-        shutil.copy(TESTS / name, tmp_path)
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        "import sys; sys.path.insert(0, '.'); import loopback_hub; print(*sys.modules)",
-    ]
-    modules = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert "loopback_hub" in modules
-    assert not {"karla_hf", "torch", "huggingface_hub"} & set(modules)
