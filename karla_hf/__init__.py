@@ -4,10 +4,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from karla_hf import kernel
 from karla_hf.backbones import load_backbone, load_tokenizer
+from karla_hf.card import render_card
 from karla_hf.modeling.configuration_ctm import CtmConfig
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.modeling_ctm import CtmModel
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM, KarlaModel
+from karla_hf.modeling.pretrained_karla import KarlaPreTrainedModel
 from karla_hf.modeling.reading_karla import ReadReport
 
 
@@ -30,3 +32,4 @@ AutoModelForCausalLM.register(KarlaConfig, KarlaForCausalLM, exist_ok=True)
 AutoConfig.register("ctm", CtmConfig, exist_ok=True)
 AutoModel.register(CtmConfig, CtmModel, exist_ok=True)
 kernel.register()
+KarlaPreTrainedModel.make_card = staticmethod(render_card)

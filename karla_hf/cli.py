@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from karla_hf.errors import as_sentence
 from karla_hf.eval_cli import evaluate
+from karla_hf.hub_cli import card, pull, push
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
 
@@ -55,7 +56,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-MAKE, MEMORY, MEASURE, TRAIN = "Make and look", "Memory", "Measure", "Train"
+MAKE, MEMORY, HUB, MEASURE, TRAIN = "Make and look", "Memory", "Hub", "Measure", "Train"
 
 
 @app.callback()
@@ -219,6 +220,8 @@ def packs(directory: Checkpoint, json_file: JsonFile = None) -> None:
 
 
 app.add_typer(pack_app, name="pack", rich_help_panel=MEMORY)
+for hub_command in (push, pull, card):
+    app.command(rich_help_panel=HUB)(hub_command)
 app.add_typer(evaluate, name="eval", rich_help_panel=MEASURE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,16 @@ from .weights_karla import check_weights
 
 logger = logging.get_logger(__name__)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
 _BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config")
 
 
@@ -136,7 +147,7 @@ class KarlaCheckpointMixin:
             save_directory: the folder.
             include_backbone: whether to save the backbone's weights too; None keeps what the model was loaded with.
             state_dict: weights to save instead of the model's; those of the backbone are dropped unless included.
-            push_to_hub: whether to upload the folder afterwards.
+            push_to_hub: whether to push the model afterwards; see `push_to_hub`, whose arguments go here too.
             kwargs: as in transformers.
 
         Raises:
@@ -145,37 +156,50 @@ class KarlaCheckpointMixin:
             OSError: if the folder cannot be written.
         """
         include = self.config.backbone_included if include_backbone is None else include_backbone
-        if include and not all(parameter.is_floating_point() for parameter in self.karla_model.backbone.parameters()):
-            raise ValueError(
-                "include_backbone=True, but the backbone is quantised and its packed weights do not reload exactly; save "
-                "without it, or load the model with backbone_quantization=None."
-            )
+        if include:
+            self._check_exact_backbone()
         if not include and self.config.base_model_name_or_path is None:
             raise ValueError(
                 "The backbone has no name to load it by, so a checkpoint without it could not be loaded; use "
                 "include_backbone=True."
             )
-        changed = self._check_nothing_is_lost(include)
+        self._check_nothing_is_lost(include)
         if self.engram.ranks.rank > 0:
             self.save_memory(save_directory)
             return
+        push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
         target = Path(save_directory)
+        self._save_weights(target, include, self._own_state(state_dict, include), **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_memory(target)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            repo_id = push.pop("repo_id", target.resolve().name)
+            self.push_to_hub(repo_id, include_backbone=include, **push)
+
+    def _check_exact_backbone(self) -> None:
+        if not all(parameter.is_floating_point() for parameter in self.karla_model.backbone.parameters()):
+            raise ValueError(
+                "include_backbone=True, but the backbone is quantised and its packed weights do not reload exactly; save "
+                "without it, or load the model with backbone_quantization=None."
+            )
+
+    def _save_weights(self, target: Path, include: bool, state_dict, changes: dict | None = None, **kwargs) -> None:
+        """Write weights, configuration and code whole; `changes` are those of the configuration in the file."""
+        changed = self._check_nothing_is_lost(include)
         target.mkdir(parents=True, exist_ok=True)
         before = self.config.backbone_included, self.config.backbone_changed
         self.config.backbone_included, self.config.backbone_changed = include, changed
         try:
             with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
-                super().save_pretrained(staging, state_dict=self._own_state(state_dict, include), **kwargs)
+                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+                if (path := Path(staging, "config.json")).is_file():
+                    _finish_config(path, changes or {})
                 for path in Path(staging).iterdir():
                     os.replace(path, target / path.name)
         except SafetensorError as error:
             raise OSError(f"{target} cannot be written ({error}); what was there before is unchanged.") from error
         finally:
             self.config.backbone_included, self.config.backbone_changed = before
-        if kwargs.get("is_main_process", True):
-            self.save_memory(target)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
     def _check_nothing_is_lost(self, include_backbone: bool) -> bool:
         """Returns whether the backbone's weights are others than those of the model that it is named after."""
@@ -229,6 +253,19 @@ class KarlaCheckpointMixin:
         for prefix in prefixes:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
             own |= self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
         return own
+
+
+def _finish_config(path: Path, changes: dict) -> None:
+    """Change a configuration's file, take out where its parts were loaded from, and let it name the code beside it."""
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    for part in (config, config.get("text_config") or {}):
+        part.pop("_name_or_path", None)
+    code = config.get("auto_map", {})
+    for key, reference in code.items():
+        name = reference.rpartition("--")[2]
+        if (path.parent / f"{name.partition('.')[0]}.py").is_file():
+            code[key] = name
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _find(checkpoint: str, hub: dict, name: str) -> str | None:

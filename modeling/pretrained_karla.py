@@ -21,6 +21,7 @@ from .ctm_karla import NeuronModels, Synchronisation
 from .engram_karla import Engram
 from .head_karla import KarlaHead
 from .layer_engram_karla import HashedRows, RowGate
+from .publishing_karla import KarlaPublishingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -73,7 +74,7 @@ class KarlaCausalLMOutput(ModelOutput):
     certainty: torch.FloatTensor | None = None
 
 
-class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
+class KarlaPreTrainedModel(KarlaPublishingMixin, KarlaCheckpointMixin, PreTrainedModel):
     """What the Karla models share: a frozen backbone, initialisation, and access to the output layer."""
 
     config_class = KarlaConfig

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import karla_hf
 from karla_hf import cli
-from karla_hf.checkpoints import _save_tokenizer, load_checkpoint
+from karla_hf.checkpoints import load_checkpoint, save_tokenizer
 from karla_hf.facts import make_facts, write_facts
 
 
@@ -82,7 +82,8 @@ def test_every_command_explains_itself():
     for words in (
         ["new"], ["info"], ["chat"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
         ["eval", "reasoning"], ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
-        ["pack", "merge"], ["pack", "remove"], ["pack", "verify"],
+        ["pack", "merge"], ["pack", "remove"], ["pack", "verify"], ["pack", "push"], ["pack", "pull"], ["push"], ["pull"],
+        ["card"],
     ):  # fmt: skip
         assert f" {words[0]} " in shown
         text = succeed(*words, "--help")
@@ -364,7 +365,7 @@ def test_a_full_disk_leaves_what_was_there(folder, karla, tmp_path):
     assert files_in(tmp_path) == before
     assert os.listdir(tmp_path) == ["karla"]
     with full_disk(500), pytest.raises(OSError, match=r"The tokenizer cannot be written .*File too large"):
-        _save_tokenizer(make_tokenizer(), tmp_path)
+        save_tokenizer(make_tokenizer(), tmp_path)
 
 
 BAD_TEXTS = {
