@@ -10,6 +10,7 @@ trainer.train()
 evaluate(hard, ModelSampler(model, tokenizer, max_new_tokens=256, seed=1), exact_reward)
 """
 
+from karla_hf.pope_curriculum import AdaptivePrefixes, PrefixCurriculum, StagedPrefixes
 from karla_hf.pope_difficulty import mean_pass_at_k, measure_difficulty, pass_at_k, select_hard
 from karla_hf.pope_eval import evaluate
 from karla_hf.pope_prefix import find_prefixes, longest_prefix
@@ -20,8 +21,11 @@ from karla_hf.pope_sampling import ModelSampler, Sampler, model_fingerprint
 
 
 __all__ = [
+    "AdaptivePrefixes",
     "ModelSampler",
+    "PrefixCurriculum",
     "Sampler",
+    "StagedPrefixes",
     "build_rows",
     "evaluate",
     "exact_reward",

@@ -47,7 +47,7 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
         columns.pop("trainer_state", None)
         log_metric, log_extra = columns.pop("log_metric", None), columns.pop("log_extra", None)
         rows = {key: values for key, values in columns.items() if isinstance(values, list)}
-        rewards = []
+        rewards: list[float | None] = []
         for i, completion in enumerate(completions):
             row = {key: values[i] for key, values in rows.items()}
             try:
@@ -58,6 +58,9 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
             for guided, value in zip(rows["guided"], rewards, strict=True):
                 if value is not None:
                     log_metric("guided/accuracy" if guided else "unguided/accuracy", float(is_correct(value)))
+            for guided, fraction in zip(rows["guided"], rows.get("fraction", ()), strict=False):
+                if guided:
+                    log_metric("guided/fraction", fraction)
         if log_extra is not None:
             for key in ("problem_id", "guided", "num_steps"):
                 if key in rows:
