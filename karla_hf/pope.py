@@ -15,9 +15,17 @@ from karla_hf.pope_difficulty import mean_pass_at_k, measure_difficulty, pass_at
 from karla_hf.pope_eval import evaluate
 from karla_hf.pope_prefix import find_prefixes, longest_prefix
 from karla_hf.pope_problems import guide, make_problems, split_steps
-from karla_hf.pope_rewards import exact_reward, final_answer, math_reward, reasoning_gym_reward, reward_function
+from karla_hf.pope_rewards import (
+    exact_reward,
+    final_answer,
+    find_reward,
+    math_reward,
+    reasoning_gym_reward,
+    reward_function,
+)
 from karla_hf.pope_rows import build_rows, unguided_rows
 from karla_hf.pope_sampling import ModelSampler, Sampler, model_fingerprint
+from karla_hf.pope_tasks import load_problems
 
 
 __all__ = [
@@ -31,7 +39,9 @@ __all__ = [
     "exact_reward",
     "final_answer",
     "find_prefixes",
+    "find_reward",
     "guide",
+    "load_problems",
     "longest_prefix",
     "make_problems",
     "math_reward",

@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 import json
 import re
 import threading
@@ -160,6 +161,32 @@ def reasoning_gym_reward(completion: str, answer: str, task: str, metadata: str,
 
     entry = {"answer": answer, "metadata": json.loads(metadata)}
     return float(get_score_answer_fn(task)(answer=final_answer(completion), entry=entry))
+
+
+REWARDS = {"exact": exact_reward, "math": math_reward, "reasoning-gym": reasoning_gym_reward}
+
+
+def find_reward(name: str) -> RewardFunction:
+    """The reward function of a name: "exact", "math", "reasoning-gym", or an import path such as "my_package.my_reward".
+
+    Raises:
+        ValueError: if there is no such function.
+
+    Example:
+        >>> find_reward("exact") is find_reward("karla_hf.pope.exact_reward")
+        True
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module, _, function = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), function) if module else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {name!r} cannot be imported ({error}); give another import path.") from error
+    if not callable(found):
+        allowed = ", ".join(REWARDS)
+        raise ValueError(f"{name!r} is no reward function; give one of {allowed}, or the import path of a function.")
+    return found
 
 
 def _normal(text: str) -> str:
