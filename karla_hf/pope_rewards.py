@@ -33,7 +33,7 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
             the answer is correct, or None where it does not apply, which the trainer leaves out.
 
     Raises:
-        ValueError: when the reward function is called and `score` raises, naming the problem.
+        RewardError: when the reward function is called and `score` raises, naming the problem.
 
     Example:
         >>> @reward_function
@@ -54,7 +54,7 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
             try:
                 rewards.append(score(completion=completion_text(completion), **row))
             except Exception as error:
-                raise reward_error(reward, row.get("problem_id"), error) from error
+                raise RewardError(reward, row.get("problem_id"), error) from error
         if log_metric is not None and "guided" in rows:
             for guided, value in zip(rows["guided"], rewards, strict=True):
                 if value is not None:
@@ -71,12 +71,20 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
     return reward
 
 
-def reward_error(reward: Callable, name: str | None, error: Exception) -> ValueError:
-    """The sentence for a reward function that failed."""
-    where = "" if name is None else f" for problem {name!r}"
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    called = getattr(reward, "__name__", "of the data set")
-    return ValueError(f"The reward function {called!r} failed{where} ({reason}); correct it, and start again.")
+class RewardError(ValueError):
+    """A reward function raised.
+
+    Args:
+        reward: the function.
+        name: of the problem, if it is known.
+        error: what it raised.
+    """
+
+    def __init__(self, reward: Callable, name: str | None, error: Exception):
+        where = "" if name is None else f" for problem {name!r}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        called = getattr(reward, "__name__", str(reward))
+        super().__init__(f"The reward function {called!r} failed{where} ({reason}); correct it, and start again.")
 
 
 def is_correct(reward: float) -> bool:

@@ -1,5 +1,6 @@
 """Where problems with oracle solutions come from: files, the Hub, CHAMP, and tasks of reasoning-gym with a solver's steps."""
 
+import importlib.util
 import json
 import operator
 import re
@@ -15,7 +16,7 @@ from karla_hf.pope_problems import make_problems
 
 CHAMP = "champ"
 CHAIN_SUM = "chain-sum"
-CHAIN_SIZES = {"min_terms": 8, "max_terms": 8, "min_digits": 1, "max_digits": 1}
+CHAIN_SIZES = {"min_terms": 5, "max_terms": 5, "min_digits": 1, "max_digits": 1}
 
 
 def load_problems(
@@ -56,7 +57,7 @@ def chain_sum(size: int, seed: int = 0, sizes: Mapping[str, int] | None = None) 
     Args:
         size: how many.
         seed: other seeds give other problems.
-        sizes: options of the task, such as `min_terms` and `max_digits`; None takes sums of 8 terms of one digit.
+        sizes: options of the task, such as `min_terms` and `max_digits`; None takes sums of 5 terms of one digit.
 
     Returns:
         Rows as `make_problems` takes them, with the columns that `reasoning_gym_reward` needs.
@@ -97,21 +98,23 @@ def _running_sums(expression: str) -> list[str]:
 
 def _champ() -> list[dict[str, Any]]:
     """The problems of CHAMP whose solution has more than one step: 266 of 270 (arXiv 2401.06961)."""
-    try:
-        import champ_dataset
-    except ImportError as error:
-        raise ImportError("CHAMP needs the package champ-dataset; install it.") from error
+    package = importlib.util.find_spec("champ_dataset")  # not imported: that needs natsort, to sort what is sorted
+    if package is None or package.origin is None:
+        raise ImportError("CHAMP needs the package champ-dataset; install it.")
+    data = json.loads(Path(package.origin).with_name("dataset_files").joinpath("v0.json").read_text(encoding="utf-8"))
     rows = []
-    for problem in champ_dataset.load("v0").problems.values():
-        steps = [step.text for step in problem.solution.steps]
+    for problem in data["problems"].values():
+        steps = [step["_text"] for step in problem["solution"]["steps"]]
         if len(steps) > 1:
             rows.append(
                 {
-                    "problem_id": problem.identifier,
-                    "prompt": f"{problem.text}\n\nReason step by step, and put the final answer into \\boxed{{}}.",
+                    "problem_id": problem["identifier"],
+                    "prompt": f"{problem['_text']}\n\nReason step by step, and put the final answer into \\boxed{{}}.",
                     "solution": steps,
-                    "answer": re.split(r", or (?:equivalently|approximately|an equivalent form)", problem.answer)[0],
-                    "category": problem.category,
+                    "answer": re.split(r", or (?:equivalently|approximately|an equivalent form)", problem["_answer"])[
+                        0
+                    ],
+                    "category": problem["category"],
                 }
             )
     return rows
@@ -130,6 +133,4 @@ def _read(source: str, split: str) -> Dataset:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"{source}:{number} is not JSON ({error}); correct the line.") from None
-    if not rows:
-        raise ValueError(f"{source} holds no problems; give one on each line.")
     return Dataset.from_list(rows)

@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from rich.table import Table
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from karla_hf import training as warmup
@@ -19,7 +19,6 @@ from karla_hf.arguments import read_recipe
 from karla_hf.pope import (
     AdaptivePrefixes,
     ModelSampler,
-    PrefixCurriculum,
     StagedPrefixes,
     build_rows,
     evaluate,
@@ -170,12 +169,12 @@ def _evaluate(recipe: PopeRecipe, model: Any, tokenizer: Any, problems: Dataset,
                     chat=arguments.chat, file=file)  # fmt: skip
 
 
-def _rows(recipe: PopeRecipe, problems: Dataset, prefixes: Dataset) -> tuple[Dataset, Any, list[PrefixCurriculum]]:
+def _rows(recipe: PopeRecipe, problems: Dataset, prefixes: Dataset) -> tuple[Dataset, Any, list[TrainerCallback]]:
     """The rows, the reward function and the callbacks that the trainer gets."""
     arguments, reward = recipe.arguments, find_reward(recipe.arguments.reward)
     if arguments.curriculum == "adaptive":
         adaptive = AdaptivePrefixes(problems, prefixes, target=arguments.target_success, chat=arguments.chat,
-                                    num_samples=recipe.training.num_generations,
+                                    num_samples=cast(int, recipe.training.num_generations),
                                     max_fraction=arguments.max_fraction)  # fmt: skip
         return adaptive.dataset, adaptive.watch(reward), [adaptive]
     if arguments.curriculum == "staged":
@@ -188,10 +187,11 @@ def _rows(recipe: PopeRecipe, problems: Dataset, prefixes: Dataset) -> tuple[Dat
 
 def _check_rows(rows: Dataset, training: GRPOConfig) -> None:
     """Refuse a batch that the rows cannot fill: GRPOTrainer would stop at step 0 without an error."""
-    needed = training.generation_batch_size // training.num_generations
+    completions, per_row = cast(int, training.generation_batch_size), cast(int, training.num_generations)
+    needed = completions // per_row
     if len(rows) < needed:
         raise ValueError(
-            f"A generation takes {needed} rows ({training.generation_batch_size} completions, {training.num_generations} of each), "
+            f"A generation takes {needed} rows ({completions} completions, {per_row} of each), "
             f"but there are {len(rows)}; give more problems, or a smaller batch."
         )
 
