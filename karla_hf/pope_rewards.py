@@ -144,12 +144,12 @@ def math_reward(completion: str, answer: str, **row: Any) -> float:
         >>> math_reward(prompts=["1/2 + 1/4 = "], completions=[r"It is \\boxed{0.75}."], answer=["3/4"])
         [1.0]
     """
-    from math_verify import parse, verify
+    from math_verify import verify
 
     if _normal(final_answer(completion)) == _normal(answer):  # also for answers in words
         return 1.0
     seconds = TIME_LIMIT if threading.current_thread() is threading.main_thread() else None  # it uses signals
-    gold, said = (parse(f"${text}$", parsing_timeout=seconds) for text in (answer, final_answer(completion)))
+    gold, said = (_parse(text, seconds) for text in (answer, final_answer(completion)))
     return float(bool(gold and said and verify(gold, said, timeout_seconds=seconds)))
 
 
@@ -195,6 +195,13 @@ def find_reward(name: str) -> RewardFunction:
         allowed = ", ".join(REWARDS)
         raise ValueError(f"{name!r} is no reward function; give one of {allowed}, or the import path of a function.")
     return found
+
+
+@functools.lru_cache(maxsize=1024)  # every completion of a problem is compared with the same answer
+def _parse(text: str, seconds: int | None) -> list:
+    from math_verify import parse
+
+    return parse(f"${text}$", parsing_timeout=seconds)
 
 
 def _normal(text: str) -> str:

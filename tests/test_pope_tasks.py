@@ -38,16 +38,21 @@ def test_champ_becomes_rows_for_the_trainer(champ):
     for row in rows:
         (turn,) = row["prompt"]
         given = prefix_text(solutions[row["problem_id"]], row["num_steps"])
-        assert (f"\n{given}\n" in turn["content"]) == row["guided"]
+        assert bool(given) == row["guided"]
+        assert not given or f"\n{given}\n" in turn["content"]
         following = solutions[row["problem_id"]][row["num_steps"]].strip()
         assert len(following) < 40 or following not in turn["content"]
 
 
 def test_answers_of_champ_are_right_for_their_reward(champ):
-    columns = {"prompts": ["?"] * len(champ), "answer": champ["answer"][:]}
-    boxed = [f"So it is \\boxed{{{answer}}}." for answer in champ["answer"]]
-    assert sum(exact_reward(completions=boxed, **columns)) > 255  # a brace less or more ends others early
-    assert sum(math_reward(completions=["It is \\boxed{12345}."] * len(champ), **columns)) == 0
+    answers = champ["answer"][:]
+    boxed = [f"So it is \\boxed{{{answer}}}." for answer in answers]
+    assert sum(exact_reward(prompts=["?"] * 266, completions=boxed, answer=answers)) > 255  # a brace ends some early
+    numbers = [answer for answer in answers if answer.isdecimal()][:10]
+    said = [f"It is \\boxed{{{2 * int(answer)}/2}}." for answer in numbers]
+    assert math_reward(prompts=["?"] * 10, completions=said, answer=numbers) == [1.0] * 10
+    said = [f"It is \\boxed{{{int(answer) + 1}}}." for answer in numbers]
+    assert math_reward(prompts=["?"] * 10, completions=said, answer=numbers) == [0.0] * 10
 
 
 def test_chain_sums_come_with_a_solvers_steps():

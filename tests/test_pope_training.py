@@ -99,6 +99,7 @@ def test_shipped_recipe_runs_for_a_step_on_a_tiny_model(name, backbone, problems
     assert {"difficulty.jsonl", "prefix.jsonl", "eval.jsonl", "summary.json"} <= set(files_in(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_passes_are_not_run_twice_and_training_is_resumed(recipe, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "learning_rate": 1e-2}
     first = run_recipe(recipe(**options))
@@ -113,6 +114,7 @@ def test_passes_are_not_run_twice_and_training_is_resumed(recipe, tmp_path):
         run_recipe(recipe(**options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curriculum", ["adaptive", "staged"])
 def test_curricula_are_options_of_a_recipe(recipe, curriculum, tmp_path):
     path = recipe(curriculum=curriculum, search_steps=1, held_out_share=0, save_strategy="steps", save_steps=1)
