@@ -14,6 +14,7 @@ from karla_hf.eval_cli import evaluate
 from karla_hf.hub_cli import card, pull, push
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
+from karla_hf.pope_cli import pope
 
 
 class SentenceGroup(TyperGroup):
@@ -264,13 +265,17 @@ def train(
 ) -> None:
     """Train as a recipe says: the head with TRL, and compare its loss on held-out rows with the backbone's.
 
-    A recipe with a `task` trains on that instead. Options after the recipe
-    replace its keys, such as --max_steps 20.
+    The recipe's `phase` says what: the head on texts (warm-up, the default),
+    on problems (pope), or an experiment such as modular-addition. Options after
+    the recipe replace its keys, such as --max_steps 20.
     """
     from karla_hf.phases import run
     from karla_hf.report import write_json
 
     write_json(json_file, run(recipe, overrides or []))
+
+
+app.add_typer(pope, name="pope", rich_help_panel=TRAIN)
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def run_modular(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         FileNotFoundError, ValueError: for a recipe that cannot be used.
         OSError: if the results cannot be written.
     """
-    values = {key: value for key, value in read_recipe(path, overrides).items() if key != "task"}
+    values = {key: value for key, value in read_recipe(path, overrides).items() if key != "phase"}
     task, options, arguments = fill(path, values, [ModularArguments, GrokkingOptions, TrainingArguments])
     training, validation = split_pairs(task.modulus, task.train_share, arguments.seed)
     arguments.per_device_train_batch_size = len(training)

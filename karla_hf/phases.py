@@ -13,8 +13,8 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train what a recipe says.
 
     Args:
-        path: the recipe. Its `task` is "warm-up" (the head learns to predict the next token; also where it is missing) or
-            "modular-addition".
+        path: the recipe. Its `phase` is "warm-up" (the head learns to predict the next token; also where it is missing),
+            "pope" (it learns from problems) or "modular-addition" (a small network of its own groks).
         overrides: `["--key", "value", ...]`, which go before the recipe's.
 
     Returns:
@@ -24,13 +24,19 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         FileNotFoundError, ValueError: for a recipe that cannot be used.
         OSError: if a model is found nowhere, or the results cannot be written.
     """
-    task = read_recipe(path, overrides).get("task", "warm-up")
-    if task == "warm-up":
+    phase = read_recipe(path, overrides).get("phase", "warm-up")
+    if phase == "warm-up":
         from karla_hf.training import run_recipe
 
         return run_recipe(path, overrides)
-    if task == "modular-addition":
+    if phase == "pope":
+        from karla_hf.pope_training import run_pope_recipe
+
+        return run_pope_recipe(path, overrides)
+    if phase == "modular-addition":
         from karla_hf.modular import run_modular
 
         return run_modular(path, overrides)
-    raise ValueError(f"{path}: `task` is {task!r}; give one of warm-up, modular-addition.")
+    raise ValueError(
+        f"{path}: `phase` is {phase!r}; give warm-up, pope or modular-addition, or leave it out for warm-up."
+    )

@@ -83,7 +83,7 @@ def test_every_command_explains_itself():
         ["new"], ["info"], ["chat"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
         ["eval", "reasoning"], ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
         ["pack", "merge"], ["pack", "remove"], ["pack", "verify"], ["pack", "push"], ["pack", "pull"], ["push"], ["pull"],
-        ["card"],
+        ["card"], ["pope"], ["pope", "difficulty"], ["pope", "prefix"], ["pope", "build"], ["pope", "eval"],
     ):  # fmt: skip
         assert f" {words[0]} " in shown
         text = succeed(*words, "--help")
@@ -105,6 +105,10 @@ def test_every_command_that_measures_writes_json():
         ["bench"],
         ["demo"],
         ["train"],
+        ["pope", "difficulty"],
+        ["pope", "prefix"],
+        ["pope", "build"],
+        ["pope", "eval"],
     ):
         assert " --json " in succeed(*words, "--help")
 
