@@ -29,6 +29,8 @@ class Answer:
         seconds: wall time.
         ticks_used: ticks of every token.
         stopped: whether Ctrl-C ended it.
+        ids: the tokens.
+        certainties: certainty of every token.
     """
 
     text: str
@@ -38,6 +40,8 @@ class Answer:
     seconds: float
     ticks_used: tuple[int, ...]
     stopped: bool
+    ids: tuple[int, ...] = ()
+    certainties: tuple[float, ...] = ()
 
 
 class ChatSession:
@@ -105,7 +109,8 @@ class ChatSession:
         thoughts = [(int(used[0, -1]), float(sure[0, -1])) for used, sure in records[: len(streamer.ids)]]
         ticks, certainty = torch.tensor(thoughts or [(0.0, 0.0)], dtype=torch.float64).mean(0).tolist()
         seconds, used = time.perf_counter() - started, tuple(used for used, _ in thoughts)
-        return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, used, stopped)
+        ids, sure = tuple(streamer.ids), tuple(sure for _, sure in thoughts)
+        return Answer(streamer.text, len(ids), ticks, certainty, seconds, used, stopped, ids, sure)
 
     def read(self, path: str | Path) -> ReadReport:
         """Read a file into the pack "default" and save the memory; Ctrl-C, or a failure to save, leaves it as it was.
