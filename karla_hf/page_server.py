@@ -30,8 +30,19 @@ POLICY = (
 )
 
 
+API = "/gradio_api/"
+ROUTES = (
+    "queue/",
+    "run/",
+    "upload",
+    "heartbeat/",
+    "cancel",
+    "reset",
+)  # what the page needs of it, so no files and no proxy
+
+
 class Guard:
-    """Answers requests of the page itself and refuses those of other sites, also under a name that points here.
+    """Answers what the page itself asks for, and refuses other sites, also under a name that points here.
 
     Args:
         app: what answers.
@@ -60,6 +71,10 @@ class Guard:
                 origin is not None and origin.partition("://")[2] not in self.hosts
             ):
                 await PlainTextResponse("This page is for this machine only.", 403)(scope, receive, send)
+                return
+            path = scope["path"]
+            if path.startswith(API) and not path.removeprefix(API).startswith(ROUTES):
+                await PlainTextResponse("The page does not need this.", 404)(scope, receive, send)
                 return
         await self.app(scope, receive, send_with_policy)
 

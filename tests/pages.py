@@ -41,8 +41,8 @@ class Server:
         return (self.uploads / "stderr").read_text(encoding="utf-8")
 
     def uploaded(self) -> list[Path]:
-        """Files that people uploaded and that are still there."""
-        return [path for path in self.uploads.glob("karla-page-*/**/*") if path.is_file()]
+        """Files that people uploaded and that are still there; Gradio leaves an empty one for each until the end."""
+        return [path for path in self.uploads.glob("karla-page-*/**/*") if path.is_file() and path.stat().st_size]
 
     def stop(self) -> int:
         """Press Ctrl-C and return the exit code."""
