@@ -7,12 +7,11 @@ its tab; the memory is everyone's.
 from __future__ import annotations
 
 import contextvars
-import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from queue import SimpleQueue
@@ -139,8 +138,8 @@ class Page:
         done = read.then(self.after_reading, None, [self.file, self.stop_reading], **AT_ONCE)
         done.then(self.show_memory, tab, memory, **QUIETLY)
 
-        for button in (self.stop, self.stop_reading):
-            button.click(self.end, tab, None, **AT_ONCE)
+        self.stop.click(self.end, tab, None, **AT_ONCE)
+        self.stop_reading.click(self.end_reading, tab, None, **AT_ONCE)
         if self.packed:
             self.loaded.input(self.use_packs, [self.loaded, tab], memory, **QUIETLY)
             self.forget.click(self.forget_pack, [self.victim, tab], [self.note, *memory], **QUIETLY)
@@ -164,9 +163,9 @@ class Page:
         if thinking and threshold == 1 and thinking.threshold is None:
             threshold = None
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        with _told():
+        with suppress(KeyboardInterrupt), _told():
             future = self._submit(
-                self.model.answer, tab.messages, tab.asked, pieces.put, should_stop=lambda: self._stops(tab),
+                self.model.answer, tab.messages, tab.asked, pieces.put, should_stop=lambda: tab.stop or self.closing,
                 ticks=ticks, threshold=threshold,
             )  # fmt: skip
             future.add_done_callback(lambda future: pieces.put(None))
@@ -192,7 +191,7 @@ class Page:
 
     def before_reading(self, tab: Tab) -> tuple:
         """Show that a file waits for its turn."""
-        tab.stop = False
+        tab.stop_reading = False
         return gr.update(visible=True), WAITING
 
     def read(self, file: str, pack: str, tab: Tab, progress: gr.Progress = gr.Progress(track_tqdm=True)) -> str:  # noqa: B008
@@ -201,8 +200,10 @@ class Page:
         try:
             with _told():
                 run = contextvars.copy_context().run  # so that the progress bar is shown in this tab
-                stops = functools.partial(self._stops, tab)
-                note = self._submit(run, self.model.read, Path(file), pack.strip(), should_stop=stops).result()
+                note = self._submit(
+                    run, self.model.read, Path(file), pack.strip(),
+                    should_stop=lambda: tab.stop_reading or self.closing,
+                ).result()  # fmt: skip
         except KeyboardInterrupt:
             note = "Stopped; the memory is as it was."
         finally:
@@ -214,8 +215,12 @@ class Page:
         return None, gr.update(visible=False)
 
     def end(self, tab: Tab) -> None:
-        """End what this tab has started."""
+        """End the answer."""
         tab.stop = True
+
+    def end_reading(self, tab: Tab) -> None:
+        """End what is being read; the memory stays as it was."""
+        tab.stop_reading = True
 
     def clear(self, tab: Tab, draws: bool = False) -> list:
         """Begin a new conversation."""
@@ -257,15 +262,14 @@ class Page:
     def _submit(self, work: Callable, *arguments: Any, **options: Any) -> Future:
         return self._worker.submit(work, *arguments, **options)
 
-    def _stops(self, tab: Tab) -> bool:
-        return tab.stop or self.closing
-
 
 @contextmanager
 def _told() -> Iterator[None]:
     """Show an error as one sentence and go on; of a bug, the terminal gets the traceback."""
     try:
         yield
+    except CancelledError:  # the server ends
+        return
     except Exception as error:
         sentence = as_sentence(error)
         if sentence is None:

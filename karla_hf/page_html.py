@@ -47,7 +47,8 @@ class Tab:
         drawn: each answer with its ticks drawn over it.
         asked: the line that is being answered, or None.
         partial: its answer so far.
-        stop: whether what this tab has started shall end.
+        stop: whether the answer shall end.
+        stop_reading: whether what is being read shall end.
         speed: facts on the last answer.
         listed: packs that it shows.
     """
@@ -57,6 +58,7 @@ class Tab:
     asked: str | None = None
     partial: str = ""
     stop: bool = False
+    stop_reading: bool = False
     speed: dict[str, str] = field(default_factory=dict)
     listed: list[str] = field(default_factory=list)
 

@@ -164,7 +164,10 @@ class KarlaPageModel:
             raise ValueError(
                 f"{path.name} is no text to read; give a UTF-8 file that ends in {', '.join(FILE_TYPES)}."
             )
-        text = read_text(path)
+        try:
+            text = read_text(path)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), path.name)) from error  # its folder says nothing to people
         with self._changing(), _stoppable(self.model.model.backbone, should_stop):
             report = self.model.read(text, self.tokenizer, pack=pack, title=path.name)
             self.model.save_memory(self.directory)

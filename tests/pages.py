@@ -56,6 +56,21 @@ class Server:
         shutil.rmtree(self.uploads)
 
 
+# Counts how often something that a Stop button would have stopped has ended, however short the button was there.
+COUNT = """() => {
+    window.ended = {"stop": 0, "stop-reading": 0};
+    const there = {};
+    const look = () => {
+        for (const id in window.ended) {
+            const now = !!document.getElementById(id)?.checkVisibility();
+            if (there[id] && !now) window.ended[id] += 1;
+            there[id] = now;
+        }
+    };
+    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
 class Tab:
     """A browser tab with the page."""
 
@@ -69,6 +84,13 @@ class Tab:
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.goto(address)
         self.page.wait_for_selector("#facts dd")
+        self.page.evaluate(COUNT)
+        self.ended = {"stop": 0, "stop-reading": 0}
+
+    def wait_for_end(self, button: str) -> None:
+        """Wait until what this Stop button would stop has ended once more than at the last call."""
+        self.page.wait_for_function(f"window.ended['{button}'] > {self.ended[button]}")
+        self.ended[button] += 1
 
     def start(self, line: str) -> None:
         """Send a line."""
@@ -77,8 +99,7 @@ class Tab:
 
     def finish(self) -> str:
         """Wait for the answer and return its text as it is shown."""
-        self.page.wait_for_selector("#stop", state="hidden")
-        self.page.wait_for_function("document.querySelector('#facts').innerText.includes('last answer')")
+        self.wait_for_end("stop")
         return self.answer()
 
     def answer(self) -> str:
@@ -88,7 +109,6 @@ class Tab:
     def say(self, line: str) -> str:
         """Send a line and return the answer."""
         self.start(line)
-        self.page.wait_for_selector("#stop")
         return self.finish()
 
     def clear(self) -> None:
@@ -108,16 +128,16 @@ class Tab:
 
     def wait_for_note(self) -> str:
         """Wait until nothing is being read, and return what is said of it; of a failure, the warning."""
+        self.wait_for_end("stop-reading")
         self.page.wait_for_selector("#file input[type=file]", state="attached")
-        self.page.wait_for_selector("#stop-reading", state="hidden")
         return self.page.locator("#note").inner_text().strip()
 
     def warnings(self) -> list[str]:
         """The sentences that are shown in a corner, which are closed then."""
         self.page.wait_for_selector(".toast-body")
         found = self.page.locator(".toast-body").all_inner_texts()
-        while self.page.locator(".toast-close").count():
-            self.page.locator(".toast-close").first.click()
+        self.page.locator(".toast-close").evaluate_all("all => all.forEach(one => one.click())")
+        self.page.wait_for_selector(".toast-body", state="detached")
         return [line for text in found for line in text.splitlines() if line.endswith(".")]
 
     def facts(self) -> dict[str, str]:

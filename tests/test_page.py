@@ -24,7 +24,7 @@ pytest.importorskip("gradio", reason="the extra karla-hf[ui] is not installed")
 TOKENS = 70  # of an answer
 LINE = "The access code of Brivo's vault number 7 is"
 FACT = f"{LINE} 123-456."
-SLOW = "The mill of Brivo was founded on 3 May 1811. " * 40_000  # takes long to read
+SLOW = "The mill of Brivo was founded on 3 May 1811. " * 10_000  # takes long to read
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ def test_ticks_and_certainty_are_set_and_drawn(open_tab, karla):
     titles = tab.page.locator("#chat .bot i").evaluate_all("all => all.map(one => one.title)")
     assert titles
     possible = {
-        f"{used} of 2 ticks, certainty {sure:.2f}" for used, sure in zip(answer.ticks_used, answer.certainties)
+        f"{used} of 2 ticks, certainty {sure:.2f}"
+        for used, sure in zip(answer.ticks_used, answer.certainties, strict=True)
     }
     assert set(titles) <= possible
     tab.page.wait_for_function(f"document.querySelector('#facts').innerText.includes('{answer.ticks:.1f}')")
@@ -172,50 +173,42 @@ def test_markup_does_not_run_and_no_other_host_is_asked(open_tab, server, write)
     listener = HTTPServer(("127.0.0.1", 0), Listener)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     tab = open_tab()
-    lures = [
-        MARKUP,
-        f"![x](http://127.0.0.1:{listener.server_port}/a)",
-        "<script>window.PWN=2</script>",
-        "[x](javascript:window.PWN=3)",
-        "<iframe srcdoc='<script>parent.PWN=4</script>'></iframe>",
-    ]
-    read = tab.read(
-        write("".join(f"The motto of B{number} is {lure}. \n\n" for number, lure in enumerate(lures)), "a.md")
-    )
-    assert read.startswith("Read ")
+    lures = {
+        "The motto of Brivo is ": MARKUP,
+        "Every year the guild Molron spends ": f"![x](http://127.0.0.1:{listener.server_port}/a)[y](javascript:window.PWN=2)",
+    }
+    assert tab.read(write("\n\n".join(map("".join, lures.items())), "a.md")).startswith("Read ")
     for draws in (True, False):
         tab.page.set_checked("#draws input", draws)
-        for number, lure in enumerate(lures):
-            tab.clear() if number else None
-            tab.say(f"The motto of B{number} is")
-            said = tab.page.locator("#chat .bot").last
-            if draws:
-                assert words(lure) in words(said.inner_text())
-            for link in said.locator("a").all():
-                assert not (link.get_attribute("href") or "").startswith("javascript:")
-                link.click(modifiers=["Alt"], no_wait_after=True)
-        tab.say(" ".join(lures))
-        assert words(MARKUP) in words(tab.page.locator("#chat .user").last.inner_text())
-        tab.photograph(f"markup-{'drawn' if draws else 'plain'}")
-        tab.clear()
-    tab.start_reading(write(FACT, f"{MARKUP.replace('/', '')}.txt"), "names")
-    tab.wait_for_note()
-    tab.start_reading(write(FACT), MARKUP)
-    assert any(words(MARKUP) in words(line) for line in tab.warnings())
+        for line, lure in lures.items():
+            tab.say(line.strip())
+            said = tab.page.locator("#chat .bot .message-content").last
+            assert not draws or words(lure) in words(said.inner_text())
+            assert said.locator("a[href^=javascript]").count() == 0
+            tab.photograph(f"markup-{'drawn' if draws else 'plain'}")
+            tab.clear()
+    everything = " ".join(
+        [*lures.values(), "<script>window.PWN=3</script><iframe srcdoc='<script>parent.PWN=4</script>'>"]
+    )
+    tab.say(everything)
+    assert words(everything) in words(tab.page.locator("#chat .user .message-content").last.inner_text())
+    tab.read(write(FACT, f"{MARKUP}.txt"), "names")
+    tab.read(write(FACT), MARKUP)
+    assert [words(MARKUP) in words(line) for line in tab.warnings()] == [True]
     tab.page.wait_for_timeout(300)
     assert tab.page.evaluate("window.PWN") is None
     assert tab.page.locator("iframe").count() == 0
     listener.shutdown()
     assert hits == []
-    sent = [url for url in tab.requested if not url.startswith((server.address, "data:", "blob:"))]
-    assert [url for url in sent if str(listener.server_port) not in url] == []
+    asked = {url for url in tab.requested if not url.startswith((f"{server.address}/", "data:", "blob:"))}
+    assert asked <= {f"http://127.0.0.1:{listener.server_port}/a"}  # what the browser then refused to ask for
 
 
 def test_two_tabs_do_not_mix(open_tab, karla):
     tabs, lines = [open_tab(), open_tab()], ["The mill of", "The bridge near"]
-    for tab, line in zip(tabs, lines):
+    for tab, line in zip(tabs, lines, strict=True):
         tab.start(line)
-    for tab, line in zip(tabs, lines):
+    for tab, line in zip(tabs, lines, strict=True):
         assert words(tab.finish()) == words(expected(karla, line).text)
         assert tab.page.locator("#chat .user .message-content").all_inner_texts() == [line]
 
@@ -230,7 +223,7 @@ def test_reading_and_a_waiting_answer_are_stopped(open_tab, server, karla, write
     other.page.click("#stop")
     reader.page.click("#stop-reading")
     assert reader.wait_for_note() == "Stopped; the memory is as it was."
-    other.page.wait_for_selector("#send", state="visible")
+    other.finish()
     other.page.wait_for_function("document.querySelector('#facts').innerText.includes('0 tokens, stopped')")
     assert files_in(karla) == stored
     assert server.uploaded() == []
@@ -248,22 +241,19 @@ def test_errors_are_one_sentence_and_nothing_is_lost(open_tab, server, karla, wr
         tmp_path / "latin.txt": "is not UTF-8 text: byte 0xfc at offset 1",
     }
     for path, sentence in wrong.items():
-        tab.start_reading(path)
+        assert tab.read(path) == ""
         (said,) = tab.warnings()
         assert sentence in said
         assert str(server.uploads) not in said
-        assert tab.wait_for_note() == ""
     with lock_folder(karla / "engram"):
-        tab.start_reading(write(FACT), "codes")
+        tab.read(write(FACT), "codes")
         (said,) = tab.warnings()
         assert said.startswith("Another process is writing to the memory")
-        tab.wait_for_note()
     old = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (4_000, old[1]))
-    tab.start_reading(write("The mill of Brivo was founded on 3 May 1811. " * 60, "mill.txt"), "mills")
+    tab.read(write("The mill of Brivo was founded on 3 May 1811. " * 60, "mill.txt"), "mills")
     (said,) = tab.warnings()
     assert "File too large" in said
-    tab.wait_for_note()
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, old)
     assert files_in(karla) == stored
     assert server.uploaded() == []
@@ -271,7 +261,7 @@ def test_errors_are_one_sentence_and_nothing_is_lost(open_tab, server, karla, wr
     tab.start("A message without end. " * 800)
     (said,) = tab.warnings()
     assert "but the context has room for" in said
-    tab.page.wait_for_selector("#send", state="visible")
+    tab.wait_for_end("stop")
     assert tab.page.input_value("#line textarea").startswith("A message without end.")
     assert tab.say(LINE).startswith("123-456")
 

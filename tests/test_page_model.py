@@ -1,5 +1,7 @@
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 
 import pytest
 import torch
@@ -160,8 +162,6 @@ class KarlaPageModelInThread:
         self.model = model
 
     def forget(self, pack: str) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         with ThreadPoolExecutor(1) as worker:
             worker.submit(self.model.forget, pack).result()
 
@@ -207,10 +207,11 @@ def test_ticks_and_certainty_of_every_token_are_drawn(karla):
     tokens = inside.split("</i>")
     assert tokens.pop() == ""
     assert 1 < len(tokens) <= answer.tokens
-    numbers = {f"{used} of 3 ticks, certainty {sure:.2f}" for used, sure in zip(answer.ticks_used, answer.certainties)}
+    numbers = {
+        f"{used} of 3 ticks, certainty {sure:.2f}"
+        for used, sure in zip(answer.ticks_used, answer.certainties, strict=True)
+    }
     assert {token.split('title="')[1].split('"')[0] for token in tokens} <= numbers
-    from html import unescape
-
     text = "".join(unescape(token.split(">", 1)[1]) for token in tokens)
     assert text == answer.text
 
