@@ -34,7 +34,7 @@ def test_a_file_changes_an_answer_and_forgetting_it_changes_it_back(tmp_path):
     assert ANSWER not in before
     tab.read(town, "towns")
     assert tab.say(QUESTION).startswith(ANSWER)
-    tab.page.wait_for_selector("#packs label")
+    tab.page.wait_for_function("!document.querySelector('#facts').innerText.includes('40 tokens')")
     tab.photograph("page", full_page=True)
     tab.clear()
     tab.page.click("#victim input")
