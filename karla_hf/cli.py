@@ -160,6 +160,24 @@ def serve(
     run_server(directory, host=host, port=port, ticks=ticks, threshold=threshold)
 
 
+@app.command(rich_help_panel=MAKE)
+def ui(
+    directory: Checkpoint,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
+    ] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Open a web page to talk to a Karla, on this machine only.
+
+    It reads files that are dropped on it, shows and forgets packs, and draws
+    ticks and certainty over the answers. Ctrl-C ends it. Needs karla-hf[ui].
+    """
+    from karla_hf import commands
+
+    commands.open_page(directory, port, max_new_tokens)
+
+
 @app.command(rich_help_panel=MEMORY)
 def read(
     directory: Checkpoint,
