@@ -15,6 +15,7 @@ from karla_hf.hub_cli import card, pull, push
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
 from karla_hf.pope_cli import pope
+from karla_hf.talk_cli import chat, serve, ui
 
 
 class SentenceGroup(TyperGroup):
@@ -57,7 +58,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-MAKE, MEMORY, HUB, MEASURE, TRAIN = "Make and look", "Memory", "Hub", "Measure", "Train"
+MAKE, TALK, MEMORY, HUB, MEASURE, TRAIN = "Make and look", "Talk", "Memory", "Hub", "Measure", "Train"
 
 
 @app.callback()
@@ -119,63 +120,8 @@ def info(directory: Checkpoint, json_file: JsonFile = None) -> None:
     commands.show_info(directory, json_file)
 
 
-@app.command(rich_help_panel=MAKE)
-def chat(
-    directory: Checkpoint,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
-) -> None:
-    """Talk to a Karla; /help in the session lists what else it does.
-
-    Uses the tokenizer's chat template, or continues the text if there is none.
-    What /read and /forget do to the memory is saved at once. Lines typed at
-    a terminal are kept for the arrow keys; /history says where.
-    """
-    from karla_hf import commands
-
-    commands.chat(directory, max_new_tokens)
-
-
-@app.command(rich_help_panel=MAKE)
-def serve(
-    directory: Checkpoint,
-    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    ticks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Most ticks per token.", show_default=False)
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", min=0.0, max=1.0, help="Certainty at which a token is answered.", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """Answer OpenAI-compatible requests (the server of `transformers serve`), with the memory on.
-
-    Clients call the model by the folder's name. Requests are answered in turn, and
-    nothing is written. Needs `pip install 'karla-hf[serve]'`.
-    """
-    from karla_hf.serve import run_server
-
-    run_server(directory, host=host, port=port, ticks=ticks, threshold=threshold)
-
-
-@app.command(rich_help_panel=MAKE)
-def ui(
-    directory: Checkpoint,
-    port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")
-    ] = 7860,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
-) -> None:
-    """Open a web page to talk to a Karla, on this machine only.
-
-    It reads files that are dropped on it, shows and forgets packs, and draws
-    ticks and certainty over the answers. Ctrl-C ends it. Needs karla-hf[ui].
-    """
-    from karla_hf import commands
-
-    commands.open_page(directory, port, max_new_tokens)
+for talk in (chat, ui, serve):
+    app.command(rich_help_panel=TALK)(talk)
 
 
 @app.command(rich_help_panel=MEMORY)
