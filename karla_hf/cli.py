@@ -3,6 +3,7 @@
 What a command does is in `karla_hf.commands`, `demo`, `bench` and `training`, which are imported when it runs.
 """
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line: the console script `karla`."""
+    # On some CPUs bitsandbytes recommends, on import, a package that would fetch code from the Hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(prog_name="karla")
 
 
