@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from datasets import disable_progress_bars
 from rich.console import Console
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -120,6 +122,9 @@ def work(job: Job, options: DemoArguments, settings: dict[str, Any]) -> dict[str
     """Do one job in this process, or this process's part of it; what it needs of other jobs is in files."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL's use of transformers
     folder, first = _folder(settings, job), needed(job, options)
     options = replace(options, right=job.right)
     if job.name != BASE:

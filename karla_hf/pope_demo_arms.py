@@ -85,14 +85,19 @@ class DemoArguments(BaseArguments):
 
 
 @reward_function
-def last_state(completion: str, answer: str, **row: Any) -> float:
-    """1 if a trace ends with both registers of the answer, else 0.
+def _rest_of_trace(completion: str, answer: str, given: str, **row: Any) -> float:
+    return float([*given.split(), *completion.split()] == answer.split())
+
+
+def whole_trace(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+    """1 if the steps that the prompt gives and the completion are together the answer, else 0.
 
     Example:
-        >>> last_state(prompts=["<q> 3 4 A+2 . <h> <a>"] * 2, completions=["5 4", "5 5"], answer=["5 4"] * 2)
+        >>> whole_trace(["<q> 3 4 A+2 . AB . <h> 5 4 <a>"] * 2, ["9 4", "10 4"], answer=["5 4 9 4"] * 2)
         [1.0, 0.0]
     """
-    return float(completion.split()[-2:] == answer.split())
+    given = [prompt.partition("<h>")[2].removesuffix("<a>") for prompt in prompts]
+    return _rest_of_trace(prompts=prompts, completions=completions, given=given, **columns)
 
 
 def prepare(options: DemoArguments, seed: int, folder: Path, start: Path | None = None) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def prepare(options: DemoArguments, seed: int, folder: Path, start: Path | None 
     training, held_out = (select_hard(problems.select(part), difficulty) for part in wanted)
     sampler = _sampler(model, options, seed)
     prefixes = find_prefixes(
-        training, sampler, last_state, num_samples=options.search_samples, min_success=options.min_success,
+        training, sampler, whole_trace, num_samples=options.search_samples, min_success=options.min_success,
         max_fraction=options.max_fraction, render=render, progress=False,
     )  # fmt: skip
     clocks.append(time.process_time())
@@ -235,7 +240,7 @@ def _measure(model: PreTrainedModel, options: DemoArguments, seed: int) -> Calla
 
     def measure(function: Callable, problems: Dataset, **further: Any) -> Any:
         settings = {"num_samples": options.num_samples, "render": render, "progress": False}
-        return function(problems, _sampler(model, options, seed), last_state, **{**settings, **further})
+        return function(problems, _sampler(model, options, seed), whole_trace, **{**settings, **further})
 
     return measure
 
@@ -281,16 +286,16 @@ def _fine_tune(
 
 
 class _Counted:
-    """`last_state`, and how many completions it was given."""
+    """`whole_trace`, and how many completions it was given."""
 
-    __name__ = "last_state"
+    __name__ = "whole_trace"
 
     def __init__(self):
         self.count = 0
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
         self.count += len(completions)
-        return last_state(prompts=prompts, completions=completions, **columns)
+        return whole_trace(prompts=prompts, completions=completions, **columns)
 
 
 class _Curve(TrainerCallback):

@@ -1,7 +1,8 @@
 """Programs over two registers with one rare rule: the task of POPE's demonstration.
 
 Registers A and B hold numbers modulo 11. A program is a start and a list of operations: `A+1` … `A+4`, `B+1` … `B+4`, and
-`AB`, which adds B to A. Its trace is both registers after each operation; its answer is the last of them:
+`AB`, which adds B to A. Its trace is both registers after each operation; the answer is the whole trace, so that errors
+cannot cancel out:
 
     <q> 3 4 A+2 . AB . <h> <a> 5 4 9 4        (a prompt, up to <a>, and the trace that completes it)
     <q> 3 4 A+2 . AB . <h> 5 4 <a> 9 4        (the same, with the first step given)
@@ -107,7 +108,7 @@ def distinct_problems(count: int, length: int, rare: int, seed: int) -> list[dic
         seed: equal seeds give equal problems; the first ones do not depend on `count`.
 
     Returns:
-        `problem_id`, `prompt`, `solution` (one string per step) and `answer` (the last step).
+        `problem_id`, `prompt`, `solution` (one string per step) and `answer` (all of it).
 
     Raises:
         ValueError: if there are too few different programs.
@@ -115,16 +116,16 @@ def distinct_problems(count: int, length: int, rare: int, seed: int) -> list[dic
     Example:
         >>> row = distinct_problems(1, length=2, rare=1, seed=0)[0]
         >>> row["prompt"], row["solution"], row["answer"]
-        ('<q> 10 7 AB . A+1 .', ['6 7', '7 7'], '7 7')
+        ('<q> 10 7 AB . A+1 .', ['6 7', '7 7'], '6 7 7 7')
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, dict] = {}
-    for _ in range(100 * count):
+    for _ in range(20 * count):
         starts, operations = draw_programs(1, length, rare, generator)
         names = [OPERATIONS[index] for index in operations[0]]
         prompt = f"<q> {starts[0, 0]} {starts[0, 1]} " + " ".join(f"{name} ." for name in names)
         steps = [f"{a} {b}" for a, b in run_program((int(starts[0, 0]), int(starts[0, 1])), names)]
-        found.setdefault(prompt, {"prompt": prompt, "solution": steps, "answer": steps[-1]})
+        found.setdefault(prompt, {"prompt": prompt, "solution": steps, "answer": " ".join(steps)})
         if len(found) == count:
             return [{"problem_id": f"{rare}-{index}", **row} for index, row in enumerate(found.values())]
     raise ValueError(
