@@ -29,7 +29,8 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 from trl import GRPOConfig
 
-from karla_hf.pope_demo_arms import ARMS, GRPO, POPE, DemoArguments, prepare, run_arm
+from karla_hf.pope_demo_arms import ARMS, GRPO, POPE, run_arm
+from karla_hf.pope_demo_problems import DemoArguments, prepare
 from karla_hf.pope_demo_report import BASE, Job, collect, describe, draw, markdown_table, show
 from karla_hf.report import new_console, write_json
 
@@ -67,8 +68,8 @@ def run(recipe: Path, overrides: list[str] = ()) -> dict[str, Any]:  # type: ign
         overrides: see `read_recipe`.
 
     Returns:
-        As `collect`, with `settings`, `processes`, `seconds` on the clock and `cpu_seconds` of all processes; {} in all
-        processes of torchrun but the first.
+        As `collect`, with `settings`, `processes`, `seconds` on the clock and `cpu_seconds` of this process and its workers;
+        {} in all processes of torchrun but the first.
 
     Raises:
         ValueError: see `read_recipe`, `prepare` and `run_arm`.
@@ -89,7 +90,7 @@ def run(recipe: Path, overrides: list[str] = ()) -> dict[str, Any]:  # type: ign
         "settings": {**vars(options), **settings},
         "processes": shared if shared > 1 else options.workers,
         "seconds": time.perf_counter() - began,
-        "cpu_seconds": sum(result["cpu_seconds"] for result in found.values()),
+        "cpu_seconds": sum(os.times()[:4]),
     }
     write_json(folder / "results.json", results)
     (folder / "table.md").write_text(markdown_table(results), encoding="utf-8")

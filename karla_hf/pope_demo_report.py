@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from karla_hf.pope_demo_arms import ARMS, GRPO, MIX, POPE, SFT, DemoArguments
+from karla_hf.pope_demo_arms import ARMS, GRPO, MIX, POPE, SFT
+from karla_hf.pope_demo_problems import DemoArguments
 from karla_hf.report import new_table
 
 
@@ -111,7 +112,7 @@ def sentence(results: dict[str, Any]) -> str:
     return (
         f"Expected successes of the base within the {expected['rollouts']:,.0f} rollouts of one arm: "
         f"{expected['by right']:.1e} ({settings['right']:g}^{settings['rare']} times the rollouts), "
-        f"{mean(expected['by probability']):.1e} (its own probability of the right trace), "
+        f"{mean(expected['by probability']):.1e} (its own probabilities of right traces), "
         f"{mean(expected['by samples']):.2f} (sampled, {settings['num_samples']} per held-out problem)."
     )
 
@@ -143,29 +144,30 @@ def draw(results: dict[str, Any], path: Path) -> None:
         results: as `collect` returns them.
         path: the PNG file.
     """
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    learning, silent, sweep = figure.subplots(1, 3)
+    rights = [float(right) for right in results["sweep"]]
+    panels = 3 if len(rights) > 1 else 2
+    figure = Figure(figsize=(4 * panels, 3.6), layout="constrained")
+    learning, silent, *rest = figure.subplots(1, panels)
     for arm, curves in results["curves"].items():
         _band(learning, [curve["held_out"] for curve in curves], arm)
         _band(silent, [_smooth(curve["frac_reward_zero_std"]) for curve in curves], arm)
     learning.set_title("held-out hard programs, pass@1 without help", fontsize=10)
     silent.set_title("share of groups without gradient, mean of 10 steps", fontsize=10)
-    rights = [float(right) for right in results["sweep"]]
-    for arm in (GRPO, POPE):
-        found = [entry["arms"][arm] for entry in results["sweep"].values()]
-        for key, style in (("pass@1", "o-"), ("pass@16", "s:")):
-            sweep.plot(
-                rights, [mean(values[key]) for values in found], style, color=COLOURS[arm], label=f"{arm}, {key}"
-            )
-    sweep.set_xlabel("share of right AB steps in the base's data")
-    sweep.set_title("after training", fontsize=10)
     for axes in (learning, silent):
         axes.set_xlabel("step")
-    for axes in (learning, silent, sweep):
+    for axes in rest:
+        for arm in (GRPO, POPE):
+            found = [entry["arms"][arm] for entry in results["sweep"].values()]
+            for key, style in (("pass@1", "o-"), ("pass@16", "s:")):
+                means = [mean(values[key]) for values in found]
+                axes.plot(rights, means, style, color=COLOURS[arm], label=f"{arm}, {key}")
+        axes.set_xlabel("share of right AB steps in the base's data")
+        axes.set_title("held-out hard programs after training", fontsize=10)
+    for axes in (learning, silent, *rest):
         axes.set_ylim(-0.03, 1.03)
         axes.spines[["top", "right"]].set_visible(False)
-    learning.legend(frameon=False, fontsize=8)
-    sweep.legend(frameon=False, fontsize=8)
+    for axes in (learning, *rest):
+        axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

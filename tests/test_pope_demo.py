@@ -15,8 +15,9 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from karla_hf.pope_demo import list_jobs, needed, read_recipe, run, work
-from karla_hf.pope_demo_arms import ARMS, GRPO, POPE, SFT, DemoArguments, prepare, run_arm
+from karla_hf.pope_demo_arms import ARMS, GRPO, POPE, SFT, run_arm
 from karla_hf.pope_demo_base import BaseArguments, new_model, rule_probabilities, train_base
+from karla_hf.pope_demo_problems import DemoArguments, prepare
 from karla_hf.pope_demo_report import BASE, METRICS, Job, markdown_table
 from karla_hf.programs import distinct_problems, new_tokenizer, render
 
