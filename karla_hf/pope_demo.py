@@ -9,6 +9,7 @@ By itself it spreads the runs over `workers` processes. Under torchrun, its proc
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -63,13 +64,15 @@ def read_recipe(recipe: Path, overrides: list[str] = ()) -> tuple[DemoArguments,
 def run(recipe: Path, overrides: list[str] = ()) -> dict[str, Any]:  # type: ignore[assignment]
     """Run every arm with every seed; writes `results.json`, `table.md` and `curves.png` to the recipe's `output_dir`.
 
+    A finished job leaves a file there, too; a run with the same settings that was interrupted takes its result from it.
+
     Args:
         recipe: see `read_recipe`.
         overrides: see `read_recipe`.
 
     Returns:
-        As `collect`, with `settings`, `processes`, `seconds` on the clock and `cpu_seconds` of this process and its workers;
-        {} in all processes of torchrun but the first.
+        As `collect`, with `settings`, `processes`, `seconds` on the clock of this run and `cpu_seconds` of all jobs; {} in all
+        processes of torchrun but the first.
 
     Raises:
         ValueError: see `read_recipe`, `prepare` and `run_arm`.
@@ -82,6 +85,8 @@ def run(recipe: Path, overrides: list[str] = ()) -> dict[str, Any]:  # type: ign
     began, found = time.perf_counter(), {}
     for job, result in _together(options, settings) if shared > 1 else _side_by_side(options, settings):
         found[job] = result
+        if "pass@1" in result and int(os.environ.get("RANK", "0")) == 0:
+            write_json(_file(settings, job), {"of": _settings_of(job, options, settings), "result": result})
         console.print(f"{time.perf_counter() - began:5.0f} s  {describe(job, result)}", highlight=False)
     if shared > 1 and not PartialState().is_main_process:
         return {}
@@ -90,7 +95,7 @@ def run(recipe: Path, overrides: list[str] = ()) -> dict[str, Any]:  # type: ign
         "settings": {**vars(options), **settings},
         "processes": shared if shared > 1 else options.workers,
         "seconds": time.perf_counter() - began,
-        "cpu_seconds": sum(os.times()[:4]),
+        "cpu_seconds": sum(result["cpu_seconds"] for result in found.values()),
     }
     write_json(folder / "results.json", results)
     (folder / "table.md").write_text(markdown_table(results), encoding="utf-8")
@@ -120,13 +125,17 @@ def needed(job: Job, options: DemoArguments) -> Job | None:
 
 
 def work(job: Job, options: DemoArguments, settings: dict[str, Any]) -> dict[str, Any]:
-    """Do one job in this process, or this process's part of it; what it needs of other jobs is in files."""
+    """Do one job in this process, or this process's part of it, unless it is done; what it needs of others is in files."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL's use of transformers
     folder, first = _folder(settings, job), needed(job, options)
+    if _file(settings, job).exists():
+        done = json.loads(_file(settings, job).read_text(encoding="utf-8"))
+        if done["of"] == _settings_of(job, options, settings):
+            return done["result"]
     options = replace(options, right=job.right)
     if job.name != BASE:
         return run_arm(job.name, options, {**settings, "output_dir": str(folder)}, job.seed, folder)
@@ -161,6 +170,17 @@ def _side_by_side(options: DemoArguments, settings: dict[str, Any]) -> Iterator[
                     done.add(job)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _settings_of(job: Job, options: DemoArguments, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the result of a job depends on: everything but which other jobs there are, and where."""
+    values = {**vars(options), **settings, "name": job.name, "right": job.right, "seed": job.seed}
+    others = ("seeds", "sweep", "workers", "output_dir")
+    return {**{key: value for key, value in values.items() if key not in others}, "first": options.right}
+
+
+def _file(settings: dict[str, Any], job: Job) -> Path:
+    return _folder(settings, job) / f"{job.name}.json"
 
 
 def _folder(settings: dict[str, Any], job: Job) -> Path:

@@ -102,12 +102,12 @@ def _shared(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     Raises:
         ValueError: if the batch cannot be shared evenly.
     """
-    processes, batch = PartialState().num_processes, settings["per_device_train_batch_size"]
-    if batch % processes:
+    state, batch = PartialState(cpu=settings.get("use_cpu", False)), settings["per_device_train_batch_size"]
+    if batch % state.num_processes:
         raise ValueError(
-            f"`per_device_train_batch_size` is {batch}, which {processes} processes cannot share; give a multiple."
+            f"`per_device_train_batch_size` is {batch}, which {state.num_processes} processes cannot share; give a multiple."
         )
-    return {**settings, "seed": seed, "per_device_train_batch_size": batch // processes}
+    return {**settings, "seed": seed, "per_device_train_batch_size": batch // state.num_processes}
 
 
 def _fine_tune(

@@ -18,8 +18,8 @@ from karla_hf.pope_demo import list_jobs, needed, read_recipe, run, work
 from karla_hf.pope_demo_arms import ARMS, GRPO, POPE, SFT, run_arm
 from karla_hf.pope_demo_base import BaseArguments, new_model, rule_probabilities, train_base
 from karla_hf.pope_demo_problems import DemoArguments, prepare
-from karla_hf.pope_demo_report import BASE, METRICS, Job, markdown_table
-from karla_hf.programs import distinct_problems, new_tokenizer, render
+from karla_hf.pope_demo_report import BASE, METRICS, Job, collect, markdown_table
+from karla_hf.programs import OPERATIONS, RARE, draw_programs, new_tokenizer, run_program
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pope-demo" / "demo.yaml"
@@ -87,33 +87,54 @@ def test_equal_seeds_give_equal_bases_and_others_do_not():
 def test_probabilities_of_the_right_rule_are_those_of_a_token_by_token_walk():
     options = BaseArguments(length=3, rare=2, hidden_size=16)
     model, tokenizer = new_model(options).eval(), new_tokenizer()
-    rows = distinct_problems(400, options.length, options.rare, seed=0)
-    chances = []
-    for row in rows:
-        ids = tokenizer(render(row["prompt"], ""))["input_ids"]
-        chance = 1.0
-        for token in tokenizer(" ".join([*row["solution"], "<eos>"]))["input_ids"]:
+    starts, operations = draw_programs(7, options.length, options.rare, torch.Generator().manual_seed(5))
+    traces, rules = [], []
+    for start, indices in zip(starts.tolist(), operations.tolist(), strict=True):
+        names = [OPERATIONS[index] for index in indices]
+        ids = tokenizer(" ".join(["<q>", *map(str, start), *(f"{name} ." for name in names), "<h> <a>"]))["input_ids"]
+        trace = 1.0
+        words = [str(register) for state in run_program(tuple(start), names) for register in state]
+        for place, token in enumerate(tokenizer(" ".join([*words, "<eos>"]))["input_ids"]):
             with torch.no_grad():
-                chance *= model(torch.tensor([ids])).logits[0, -1].double().softmax(0)[token].item()
-            ids = [*ids, token]
-        chances.append(chance)
-    found = rule_probabilities(model, options, seed=0)
-    assert found["trace"] == pytest.approx(sum(chances) / len(chances), rel=0.05)  # two samples of the same programs
-    assert found["rule"] == pytest.approx(1 / model.config.vocab_size, rel=0.5)
+                chance = model(torch.tensor([ids])).logits[0, -1].double().softmax(0)[token].item()
+            if place < len(words) and place % 2 == 0 and names[place // 2] == RARE:
+                rules.append(chance)
+            trace, ids = trace * chance, [*ids, token]
+        traces.append(trace)
+    found = rule_probabilities(model, options, seed=5, count=7)
+    assert found == pytest.approx({"trace": sum(traces) / 7, "rule": sum(rules) / len(rules)}, rel=1e-5)
+    assert len(rules) == 7 * options.rare
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_has_the_same_budget_and_repeats_itself(prepared, arm):
+@pytest.fixture(scope="module")
+def found(prepared):
+    """What every job of one seed and one further share returned, done in this process."""
+    options, settings, _, _ = prepared
+    options = replace(options, sweep=[0.5])
+    return options, {job: work(job, options, settings) for job in list_jobs(options)}
+
+
+def test_every_arm_has_the_same_budget(prepared, found):
+    _, settings, _, _ = prepared
+    _, results = found
+    for job, result in results.items():
+        if job.name == BASE:
+            continue
+        assert result["rollouts"] == settings["max_steps"] * settings["per_device_train_batch_size"], job
+        assert [step for step, _ in result["curve"]["held_out"]] == [0, 2]
+        assert len(result["curve"]["frac_reward_zero_std"]) == settings["max_steps"]
+        assert bool(result["curve"]["guided/accuracy"]) == (job.name == POPE)
+        assert bool(result["curve"]["unguided/accuracy"])
+
+
+def test_equal_seeds_give_equal_runs(prepared, found):
     options, settings, folder, _ = prepared
-    first, again = (run_arm(arm, options, settings, 0, folder) for _ in range(2))
-    assert first["rollouts"] == settings["max_steps"] * settings["per_device_train_batch_size"]
+    again = run_arm(POPE, options, settings, 0, folder)
+    first = dict(found[1][Job(POPE, options.right, 0)])
     for result in (first, again):
         assert result.pop("seconds") > 0
         assert result.pop("cpu_seconds") > 0
     assert first == again
-    assert [step for step, _ in first["curve"]["held_out"]] == [0, 2]
-    assert len(first["curve"]["frac_reward_zero_std"]) == settings["max_steps"]
-    assert bool(first["curve"]["guided/accuracy"]) == (arm == POPE)
 
 
 @pytest.mark.parametrize("arm", [GRPO, SFT])
@@ -124,27 +145,41 @@ def test_supervised_fine_tuning_alone_changes_a_model_that_earns_no_reward(prepa
     for name, rows in (("training", hard.map(lambda row: {"answer": "none"})), ("held_out", hard)):
         rows.to_json(tmp_path / f"{name}.jsonl")
     LlamaForCausalLM.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")
-    taught = replace(options, sft_steps=150)
+    taught = replace(options, sft_steps=100)
     found = run_arm(arm, taught, {**settings, "learning_rate": 1e-2}, 0, tmp_path)
     assert found["zero_gradient"] == 1
     assert (found["pass@1"] > 0.3) == (arm == SFT)
 
 
-def test_results_have_a_value_per_arm_metric_and_seed(tmp_path, capsys):
-    results = run(RECIPE, overrides(tmp_path, seeds=2, sweep=[0.5], workers=2))
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written == json.loads(json.dumps(results))
-    assert list(written["arms"]) == [BASE, *ARMS]
+def test_results_have_a_value_per_arm_metric_and_seed(found):
+    options, jobs = found
+    results = json.loads(json.dumps(collect(jobs, options)))
+    assert list(results["arms"]) == [BASE, *ARMS]
     for arm in ARMS:
-        assert set(written["arms"][arm]) == set(METRICS)
-        assert all(len(values) == 2 for values in written["arms"][arm].values())
-    assert {len(values) for values in written["arms"][BASE].values()} == {2}
-    assert list(written["sweep"]) == ["0.05", "0.5"]
-    assert written["sweep"]["0.5"]["expected"]["by right"] == pytest.approx(24 * 0.25)
-    assert written["expected"]["by right"] == pytest.approx(24 * 0.05**2)
+        assert set(results["arms"][arm]) == set(METRICS)
+    assert all(len(values) == 1 for arm in results["arms"].values() for values in arm.values())
+    assert list(results["sweep"]) == ["0.05", "0.5"]
+    assert list(results["sweep"]["0.5"]["arms"]) == [BASE, GRPO, POPE]
+    assert results["expected"]["rollouts"] == 24
+    assert results["expected"]["by right"] == pytest.approx(24 * 0.05**2)
+    assert results["sweep"]["0.5"]["expected"]["by right"] == pytest.approx(24 * 0.5**2)
+    [trace] = results["base"]["trace"]
+    assert results["expected"]["by probability"] == pytest.approx([24 * trace])
+
+
+@pytest.mark.slow  # its workers import everything
+def test_a_run_spreads_over_workers_and_goes_on_where_it_was_interrupted(tmp_path, capsys):
+    results = run(RECIPE, overrides(tmp_path, seeds=2, sweep=[0.5], workers=2))
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert all(len(values) == 2 for arm in results["arms"].values() for values in arm.values())
     assert (tmp_path / "table.md").read_text() == markdown_table(results)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"seed \d, ", capsys.readouterr().out)) == 2 * 5 + 3
+    options, settings = read_recipe(RECIPE, overrides(tmp_path, seeds=2, sweep=[0.5], workers=2))
+    job = Job(GRPO, 0.05, 1)
+    expected = results["arms"][GRPO]["seconds"][1]
+    assert work(job, options, settings)["seconds"] == expected  # taken from its file
+    assert work(job, options, {**settings, "learning_rate": 1e-5})["seconds"] != expected  # other settings: done again
 
 
 def test_a_base_that_slips_on_easy_programs_is_refused(tmp_path):
