@@ -13,6 +13,7 @@ from karla_hf.errors import as_sentence
 from karla_hf.eval_cli import evaluate
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
+from karla_hf.pope_cli import pope
 
 
 class SentenceGroup(TyperGroup):
@@ -235,12 +236,16 @@ def train(
 ) -> None:
     """Train the head with TRL as a recipe says, and compare the loss on held-out rows with the backbone's.
 
+    A recipe with "phase: pope" trains on problems, and compares the share that is solved.
     Options after the recipe replace its keys, such as --max_steps 20.
     """
+    from karla_hf.pope_training import run_recipe
     from karla_hf.report import write_json
-    from karla_hf.training import run_recipe
 
     write_json(json_file, run_recipe(recipe, overrides or []))
+
+
+app.add_typer(pope, name="pope", rich_help_panel=TRAIN)
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:

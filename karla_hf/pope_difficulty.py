@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from karla_hf.pope_journal import Journal, digest
 from karla_hf.pope_problems import Prompt, Render, guide, render_prompt
-from karla_hf.pope_rewards import RewardFunction, is_correct, reward_error
+from karla_hf.pope_rewards import RewardError, RewardFunction, is_correct
 from karla_hf.pope_sampling import Sampler
 
 
@@ -212,14 +212,10 @@ def _rewards(
     called = getattr(reward, "__name__", str(reward))
     try:
         values = reward(prompts=[prompt] * len(completions), completions=completions, **rows)
-    except ImportError:
+    except RewardError:
         raise
     except Exception as error:
-        if isinstance(error.__cause__, Exception) and isinstance(
-            error, ValueError
-        ):  # already a sentence with the name
-            raise
-        raise reward_error(reward, name, error) from error
+        raise RewardError(reward, name, error) from error
     if not isinstance(values, list) or len(values) != len(completions):
         given = f"{len(values)} values" if isinstance(values, list) else f"a {type(values).__name__}"
         raise ValueError(

@@ -59,21 +59,10 @@ class Journal:
             os.fsync(file.fileno())
 
     def _resume(self, path: Path) -> None:
-        whole = path.read_bytes().rpartition(b"\n")[0] + b"\n"
-        try:
-            settings, *self.records = [json.loads(line) for line in whole.splitlines()]
-            kind = settings["pass"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} was not written by a POPE pass ({error}); give another file, or delete it."
-            ) from error
-        if kind != self.settings["pass"]:
-            raise ValueError(
-                f"{path} holds the pass {kind!r}, but this is the pass {self.settings['pass']!r}; give another file."
-            )
+        settings, self.records, size = _read(path, self.settings["pass"])
         self._compare(path, settings)
-        if len(whole) < path.stat().st_size:  # stopped in the middle of a line
-            os.truncate(path, len(whole))
+        if size < path.stat().st_size:  # stopped in the middle of a line
+            os.truncate(path, size)
 
     def _compare(self, path: Path, found: Mapping[str, Any]) -> None:
         own = json.loads(json.dumps(self.settings))
@@ -90,6 +79,20 @@ class Journal:
                 )
 
 
+def read_records(path: str | Path, kind: str) -> list[dict[str, Any]]:
+    """The results that a file holds, whatever model and settings they are of.
+
+    Args:
+        path: the file. Not modified.
+        kind: the pass that must have written it.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it holds something else.
+    """
+    return _read(Path(path), kind)[1]
+
+
 def digest(*parts: Any) -> str:
     """A short hash of JSON data, by which a changed problem is noticed.
 
@@ -98,6 +101,21 @@ def digest(*parts: Any) -> str:
         (True, False)
     """
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Settings, results, and the number of bytes up to the end of the last whole line."""
+    whole = path.read_bytes().rpartition(b"\n")[0] + b"\n"
+    try:
+        settings, *records = [json.loads(line) for line in whole.splitlines()]
+        found = settings["pass"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} was not written by a POPE pass ({error}); give another file, or delete it."
+        ) from error
+    if found != kind:
+        raise ValueError(f"{path} holds the pass {found!r}, but this is the pass {kind!r}; give another file.")
+    return settings, records, len(whole)
 
 
 def _model(settings: Mapping[str, Any]) -> str:

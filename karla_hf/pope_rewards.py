@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 import json
 import re
 import threading
@@ -32,7 +33,7 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
             the answer is correct, or None where it does not apply, which the trainer leaves out.
 
     Raises:
-        ValueError: when the reward function is called and `score` raises, naming the problem.
+        RewardError: when the reward function is called and `score` raises, naming the problem.
 
     Example:
         >>> @reward_function
@@ -47,17 +48,20 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
         columns.pop("trainer_state", None)
         log_metric, log_extra = columns.pop("log_metric", None), columns.pop("log_extra", None)
         rows = {key: values for key, values in columns.items() if isinstance(values, list)}
-        rewards = []
+        rewards: list[float | None] = []
         for i, completion in enumerate(completions):
             row = {key: values[i] for key, values in rows.items()}
             try:
                 rewards.append(score(completion=completion_text(completion), **row))
             except Exception as error:
-                raise reward_error(reward, row.get("problem_id"), error) from error
+                raise RewardError(reward, row.get("problem_id"), error) from error
         if log_metric is not None and "guided" in rows:
             for guided, value in zip(rows["guided"], rewards, strict=True):
                 if value is not None:
                     log_metric("guided/accuracy" if guided else "unguided/accuracy", float(is_correct(value)))
+            for guided, fraction in zip(rows["guided"], rows.get("fraction", ()), strict=False):
+                if guided:
+                    log_metric("guided/fraction", fraction)
         if log_extra is not None:
             for key in ("problem_id", "guided", "num_steps"):
                 if key in rows:
@@ -67,12 +71,20 @@ def reward_function(score: Callable[..., float | None]) -> RewardFunction:
     return reward
 
 
-def reward_error(reward: Callable, name: str | None, error: Exception) -> ValueError:
-    """The sentence for a reward function that failed."""
-    where = "" if name is None else f" for problem {name!r}"
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    called = getattr(reward, "__name__", "of the data set")
-    return ValueError(f"The reward function {called!r} failed{where} ({reason}); correct it, and start again.")
+class RewardError(ValueError):
+    """A reward function raised.
+
+    Args:
+        reward: the function.
+        name: of the problem, if it is known.
+        error: what it raised.
+    """
+
+    def __init__(self, reward: Callable, name: str | None, error: Exception):
+        where = "" if name is None else f" for problem {name!r}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        called = getattr(reward, "__name__", str(reward))
+        super().__init__(f"The reward function {called!r} failed{where} ({reason}); correct it, and start again.")
 
 
 def is_correct(reward: float) -> bool:
@@ -132,12 +144,12 @@ def math_reward(completion: str, answer: str, **row: Any) -> float:
         >>> math_reward(prompts=["1/2 + 1/4 = "], completions=[r"It is \\boxed{0.75}."], answer=["3/4"])
         [1.0]
     """
-    from math_verify import parse, verify
+    from math_verify import verify
 
     if _normal(final_answer(completion)) == _normal(answer):  # also for answers in words
         return 1.0
     seconds = TIME_LIMIT if threading.current_thread() is threading.main_thread() else None  # it uses signals
-    gold, said = (parse(f"${text}$", parsing_timeout=seconds) for text in (answer, final_answer(completion)))
+    gold, said = (_parse(text, seconds) for text in (answer, final_answer(completion)))
     return float(bool(gold and said and verify(gold, said, timeout_seconds=seconds)))
 
 
@@ -157,6 +169,39 @@ def reasoning_gym_reward(completion: str, answer: str, task: str, metadata: str,
 
     entry = {"answer": answer, "metadata": json.loads(metadata)}
     return float(get_score_answer_fn(task)(answer=final_answer(completion), entry=entry))
+
+
+REWARDS = {"exact": exact_reward, "math": math_reward, "reasoning-gym": reasoning_gym_reward}
+
+
+def find_reward(name: str) -> RewardFunction:
+    """The reward function of a name: "exact", "math", "reasoning-gym", or an import path such as "my_package.my_reward".
+
+    Raises:
+        ValueError: if there is no such function.
+
+    Example:
+        >>> find_reward("exact") is find_reward("karla_hf.pope.exact_reward")
+        True
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module, _, function = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), function) if module else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {name!r} cannot be imported ({error}); give another import path.") from error
+    if not callable(found):
+        allowed = ", ".join(REWARDS)
+        raise ValueError(f"{name!r} is no reward function; give one of {allowed}, or the import path of a function.")
+    return found
+
+
+@functools.lru_cache(maxsize=1024)  # every completion of a problem is compared with the same answer
+def _parse(text: str, seconds: int | None) -> list:
+    from math_verify import parse
+
+    return parse(f"${text}$", parsing_timeout=seconds)
 
 
 def _normal(text: str) -> str:

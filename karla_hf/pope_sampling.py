@@ -23,15 +23,15 @@ VALUES_PER_TENSOR = 4096  # of each tensor in a fingerprint
 
 
 class Sampler(Protocol):
-    """What a pass needs of a model; `ModelSampler` is one, and a client of a server can be another.
+    """What a pass needs of a model; `ModelSampler` is one, and a client of a server can be another."""
 
-    Attributes:
-        identity: JSON data, model and settings included, on which the samples depend.
-        batch_size: sequences that are worth generating at once.
-    """
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """JSON data, model and settings included, on which the samples depend."""
 
-    identity: Mapping[str, Any]
-    batch_size: int
+    @property
+    def batch_size(self) -> int:
+        """Sequences that are worth generating at once."""
 
     def check(self, prompts: Sequence[Prompt], names: Sequence[str]) -> None:
         """Raise ValueError if a prompt is too long, calling it by its name."""
@@ -85,11 +85,16 @@ class ModelSampler:
         for option, value, right, allowed in checks:
             if not right:
                 raise ValueError(f"`{option}` is {value}; give {allowed}.")
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self._batch_size = model, tokenizer, batch_size
         self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
                                          "top_k": top_k, "seed": seed}  # fmt: skip
         self.name = model.config.name_or_path if name is None else name
         self.revision = getattr(model.config, "_commit_hash", None) if revision is None else revision
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences generated at once."""
+        return self._batch_size
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -101,6 +106,8 @@ class ModelSampler:
         """The tokens of a prompt, as `trl.GRPOTrainer` makes them."""
         if isinstance(prompt, str):
             return self.tokenizer(text=prompt)["input_ids"]
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"The tokenizer of {self.name} has no chat template; give prompts as plain texts.")
         out: Any = self.tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True
         )

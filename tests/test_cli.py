@@ -83,6 +83,7 @@ def test_every_command_explains_itself():
         ["new"], ["info"], ["chat"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
         ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
         ["pack", "merge"], ["pack", "remove"], ["pack", "verify"],
+        ["pope"], ["pope", "difficulty"], ["pope", "prefix"], ["pope", "build"], ["pope", "eval"],
     ):  # fmt: skip
         assert f" {words[0]} " in shown
         text = succeed(*words, "--help")
@@ -103,6 +104,10 @@ def test_every_command_that_measures_writes_json():
         ["bench"],
         ["demo"],
         ["train"],
+        ["pope", "difficulty"],
+        ["pope", "prefix"],
+        ["pope", "build"],
+        ["pope", "eval"],
     ):
         assert " --json " in succeed(*words, "--help")
 

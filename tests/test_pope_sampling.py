@@ -127,6 +127,14 @@ def test_messages_go_through_the_chat_template():
     assert sampler([messages], 2, ["k"]) == sampler([text], 2, ["k"])
 
 
+def test_messages_without_a_chat_template_are_refused():
+    sampler = ModelSampler(make_backbone(), make_tokenizer(), name="me/base")
+    with pytest.raises(
+        ValueError, match=r"^The tokenizer of me/base has no chat template; give prompts as plain texts\.$"
+    ):
+        sampler([[{"role": "user", "content": "Where is the key?"}]], 1, ["k"])
+
+
 def test_prompts_that_do_not_fit_are_named():
     sampler = ModelSampler(make_backbone(max_position_embeddings=16), make_tokenizer(), max_new_tokens=10)
     sampler.check(["Where"], ["problem 'a'"])
