@@ -1,9 +1,11 @@
 # Python 3.11 or newer that .venv is made with: make setup PYTHON=python3.13
 PYTHON ?= python3
+# Runs of every arm in `make pope-demo`; one alone leaves out the sweep
+SEEDS ?= 3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check format bench build clean
+.PHONY: help setup demo pope-demo test test-all check format bench build clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -12,6 +14,10 @@ setup: .venv/.ready  ## install everything into .venv (the only target that need
 
 demo: .venv/.ready  ## read a document into the memory and ask about it, on the CPU
 	$(BIN)/karla demo
+
+pope-demo: .venv/.ready  ## POPE against plain GRPO on programs with a rare rule (SEEDS=1: a short version)
+	OMP_NUM_THREADS=1 $(BIN)/python -m karla_hf.pope_demo recipes/pope-demo/demo.yaml --seeds $(SEEDS) \
+	  $(if $(filter 1,$(SEEDS)),--sweep '[]')
 
 test: .venv/.ready  ## tests and doctests
 	$(BIN)/python -m pytest

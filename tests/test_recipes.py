@@ -12,7 +12,8 @@ from karla_hf.pope_arguments import parse_pope_recipe
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-FILES = sorted(set(RECIPES.rglob("*.yaml")) - set(RECIPES.glob("parity/*")))  # those have a command of their own
+OWN_COMMAND = {"parity", "pope-demo"}
+FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in OWN_COMMAND)
 POPE_FILES = [path for path in FILES if path.stem == "pope"]
 
 
