@@ -5,8 +5,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from karla_hf import kernel
 from karla_hf.backbones import load_backbone, load_tokenizer
 from karla_hf.modeling.configuration_ctm import CtmConfig
+from karla_hf.modeling.configuration_hope import HopeConfig
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.modeling_ctm import CtmModel
+from karla_hf.modeling.modeling_hope import HopeForCausalLM, HopeModel
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM, KarlaModel
 from karla_hf.modeling.reading_karla import ReadReport
 
@@ -16,6 +18,9 @@ __version__ = "0.1.0"
 __all__ = [
     "CtmConfig",
     "CtmModel",
+    "HopeConfig",
+    "HopeForCausalLM",
+    "HopeModel",
     "KarlaConfig",
     "KarlaForCausalLM",
     "KarlaModel",
@@ -29,4 +34,7 @@ AutoModel.register(KarlaConfig, KarlaModel, exist_ok=True)
 AutoModelForCausalLM.register(KarlaConfig, KarlaForCausalLM, exist_ok=True)
 AutoConfig.register("ctm", CtmConfig, exist_ok=True)
 AutoModel.register(CtmConfig, CtmModel, exist_ok=True)
+AutoConfig.register("hope", HopeConfig, exist_ok=True)
+AutoModel.register(HopeConfig, HopeModel, exist_ok=True)
+AutoModelForCausalLM.register(HopeConfig, HopeForCausalLM, exist_ok=True)
 kernel.register()
