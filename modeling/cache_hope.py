@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .delta_hope import FastWeights
@@ -104,6 +108,13 @@ class HopeCache(Cache):
         """Forget everything."""
         self.__init__(len(self.layers))
 
+    def detach(self) -> None:
+        """Cut the state off from the graph that made it."""
+        for layer in self.layers:
+            if layer.fast is not None:
+                layer.fast = FastWeights(*(None if state is None else state.detach() for state in layer.fast))
+                layer.conv = layer.conv.detach()
+
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what has been written into fast weights cannot be taken back."""
         raise NotImplementedError(
@@ -131,3 +142,63 @@ class HopeCache(Cache):
         for name in ("positions", "pending", "context"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else rows(tensor))
+
+
+def save_cache(cache: HopeCache, path: str | Path, owner: dict[str, str]) -> None:
+    """Write a state into a safetensors file, with what it belongs to. Written beside the target and moved there.
+
+    Raises:
+        ValueError: if the cache has seen nothing.
+    """
+    if cache.positions is None:
+        raise ValueError("The cache has seen no token, so there is no session to save; run the model with it first.")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in cache.tensors().items()}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".saving-{os.getpid()}-{target.name}")
+    try:
+        save_file(tensors, staged, metadata={"format": "pt", "seen": str(cache.seen), **owner})
+        os.replace(staged, target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def load_cache(path: str | Path, like: HopeCache, owner: dict[str, str]) -> HopeCache:
+    """Read a state that `save_cache` wrote.
+
+    Args:
+        path: the file.
+        like: a state of one sequence of the same model; names, shapes and dtypes must be as in it. Not modified.
+        owner: what the file must belong to.
+
+    Raises:
+        OSError: if the file is missing or damaged.
+        ValueError: if it is of another model.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            metadata = file.metadata() or {}
+            seen = int(metadata["seen"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise OSError(f"The session {path} cannot be read ({error}); give a file that save_session wrote.") from error
+    if any(metadata.get(name) != value for name, value in owner.items()):
+        raise ValueError(f"The session {path} is of a model with other weights; load it with the model that saved it.")
+    expected = {name: tensor.shape for name, tensor in like.tensors().items()}
+    batch = len(tensors.get("positions", ()))
+    for name in sorted(set(expected) | set(tensors)):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        wanted = (expected[name][0] * batch, *expected[name][1:]) if name in expected else None
+        if found != wanted:
+            raise ValueError(
+                f"The session {path} has {name} {found}, but this model's is {wanted}; it is of another model."
+            )
+    cache = HopeCache(len(like.layers))
+    cache.seen, cache.positions = seen, tensors["positions"]
+    own = like.tensors()
+    placed = {name: tensor.to(own[name]) for name, tensor in tensors.items()}
+    cache.pending, cache.context = placed.get("pending"), placed.get("context")
+    for number, layer in enumerate(cache.layers):
+        layer.conv = placed[f"layers.{number}.conv"]
+        layer.fast = FastWeights(placed[f"layers.{number}.running"], placed.get(f"layers.{number}.snapshot"))
+    return cache

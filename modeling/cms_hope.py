@@ -25,7 +25,8 @@ class Level(nn.Module):
         eps: of the norm.
 
     Attributes:
-        deltas: what was learned by reading, for `up` and `down`, or None.
+        deltas: what was learned by reading, for `up` and `down`, float32, or None.
+        waiting: gradients of the deltas that have accumulated since the last step, or None.
     """
 
     def __init__(self, hidden_size: int, size: int, update_period: int, eps: float):
@@ -34,7 +35,8 @@ class Level(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=eps)
         self.up = nn.Linear(hidden_size, size, bias=False)
         self.down = nn.Linear(size, hidden_size, bias=False)
-        self.deltas: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.deltas: list[torch.Tensor] | None = None
+        self.waiting: list[torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] from [..., D]."""
@@ -43,11 +45,36 @@ class Level(nn.Module):
             up, down = (w + d.to(w.dtype) for w, d in zip((up, down), self.deltas, strict=True))
         return x + functional.linear(functional.silu(functional.linear(self.norm(x), up)), down)
 
+    def begin_learning(self) -> None:
+        """Make deltas and waiting gradients, all zero, unless they are there."""
+        if self.deltas is None:
+            weights = (self.up.weight, self.down.weight)
+            self.deltas = [torch.zeros_like(w, dtype=torch.float32, requires_grad=False) for w in weights]
+            self.waiting = [torch.zeros_like(delta) for delta in self.deltas]
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """Deltas and waiting gradients by name; none before `begin_learning`."""
+        if self.deltas is None:
+            return {}
+        (up, down), (waiting_up, waiting_down) = self.deltas, self.waiting
+        return {"delta.up": up, "delta.down": down, "waiting.up": waiting_up, "waiting.down": waiting_down}
+
+    def forget(self) -> None:
+        """Drop deltas and waiting gradients."""
+        self.deltas = self.waiting = None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the deltas to the weights (modified in place) and drop them."""
+        for weight, delta in zip((self.up.weight, self.down.weight), self.deltas or (), strict=bool(self.deltas)):
+            weight.add_(delta.to(weight.dtype))
+        self.forget()
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self.deltas is not None:
-            up, down = self.deltas
-            self.deltas = up.to(self.up.weight.device), down.to(self.down.weight.device)
+            device = self.up.weight.device
+            self.deltas, self.waiting = ([t.to(device) for t in tensors] for tensors in (self.deltas, self.waiting))
         return self
 
 

@@ -49,6 +49,9 @@ class HopeConfig(PreTrainedConfig):
         rms_norm_eps: of all norms.
         initializer_range: standard deviation of linear layers.
         use_cache: whether to return a cache outside training.
+        bos_token_id: token that the encoder expects before a text, if any.
+        eos_token_id: token that the encoder expects after a text, and that ends generated ones.
+        pad_token_id: padding.
 
     Example:
         >>> config = HopeConfig(num_hidden_layers=4)
@@ -79,6 +82,9 @@ class HopeConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(HOPE_AUTO_MAP))
