@@ -38,7 +38,7 @@ class HopeConfig(PreTrainedConfig):
         hidden_size: D, that of the encoder.
         num_hidden_layers: blocks of fast weights and levels.
         num_attention_heads: H, heads of fast weights; D / H is their width.
-        max_position_embeddings: tokens of a training sequence; the model itself has no limit.
+        sequence_length: tokens of a training sequence; the model itself has no limit.
         chunk_size: C, tokens that are computed together, and that the encoder sees together.
         self_referential: whether the fast weights make their own keys, values and gates; else plain gated DeltaNet.
         snapshot_periods: tokens between two renewals of the projections that fast weights make, for as many equal groups
@@ -72,7 +72,7 @@ class HopeConfig(PreTrainedConfig):
     hidden_size: int = 384
     num_hidden_layers: int = 32
     num_attention_heads: int = 6
-    max_position_embeddings: int = 512
+    sequence_length: int = 512
     chunk_size: int = 64
     self_referential: bool = True
     snapshot_periods: list[int] | tuple[int, ...] = (64, 128, 256)

@@ -176,3 +176,26 @@ def test_autocast_does_not_reach_the_fast_weights():
     with torch.autocast("cpu", torch.bfloat16):
         cast, _ = run_fast_weights(streams, state_of(start), spans(20, 8))
     assert torch.equal(plain, cast)
+
+
+def test_rebound_keys_are_recalled_where_a_hebbian_memory_mixes_them():
+    """12 keys are written, then written again with other values: delta memory answers with the later ones."""
+    size, keys = 16, 12
+    key = torch.randn(1, keys, size, dtype=torch.float64)
+    first, second = torch.randn(2, 1, keys, size, dtype=torch.float64)
+    written = torch.cat([key, key], dim=1), torch.cat([first, second], dim=1)
+    gates = torch.full((1, 2 * keys, 4), 40.0, dtype=torch.float64)
+    start = FastWeights(torch.zeros(1, size, size, dtype=torch.float64))
+    _, delta = run_fast_weights(Streams(written[0], *written, gates), start, spans(2 * keys, 8))
+    hebbian = torch.einsum("btr,btk->brk", written[1], unit(written[0]))
+
+    def recalled(memory):
+        answers = unit(key) @ memory.mT
+        return (
+            (torch.cdist(answers, torch.cat([first, second], dim=1)).argmin(-1) - keys == torch.arange(keys))
+            .sum()
+            .item()
+        )
+
+    assert recalled(delta.running) == keys
+    assert recalled(hebbian) < keys
