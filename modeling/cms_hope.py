@@ -40,16 +40,20 @@ class Level(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] from [..., D]."""
-        up, down = self.up.weight, self.down.weight
+        up, down = self.matrices
         if self.deltas is not None:
             up, down = (w + d.to(w.dtype) for w, d in zip((up, down), self.deltas, strict=True))
         return x + functional.linear(functional.silu(functional.linear(self.norm(x), up)), down)
 
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trained weights of `up` and `down`."""
+        return self.up.weight, self.down.weight
+
     def begin_learning(self) -> None:
         """Make deltas and waiting gradients, all zero, unless they are there."""
         if self.deltas is None:
-            weights = (self.up.weight, self.down.weight)
-            self.deltas = [torch.zeros_like(w, dtype=torch.float32, requires_grad=False) for w in weights]
+            self.deltas = [torch.zeros_like(w, dtype=torch.float32, requires_grad=False) for w in self.matrices]
             self.waiting = [torch.zeros_like(delta) for delta in self.deltas]
 
     def learned(self) -> dict[str, torch.Tensor]:
@@ -66,8 +70,9 @@ class Level(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Add the deltas to the weights (modified in place) and drop them."""
-        for weight, delta in zip((self.up.weight, self.down.weight), self.deltas or (), strict=bool(self.deltas)):
-            weight.add_(delta.to(weight.dtype))
+        if self.deltas is not None:
+            for weight, delta in zip(self.matrices, self.deltas, strict=True):
+                weight.add_(delta.to(weight.dtype))
         self.forget()
 
     def _apply(self, fn, recurse=True):

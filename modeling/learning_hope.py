@@ -3,9 +3,9 @@
 For every chunk of C tokens of a text, with the fast weights that the chunks before have left, and for every level l:
 
     G_l <- G_l + grad_{delta_l} loss(W + delta; chunk);      at steps t that the period P_l divides:
-    delta_l <- delta_l - rate * min(1, limit / ||G_l / P_l||) * G_l / P_l,   G_l <- 0
+    D = rate * G_l / P_l,   delta_l <- delta_l - D * min(1, limit * ||W_l|| / ||D||),   G_l <- 0
 
-(Nested Learning, equation 31, with the norm of a step bounded.) Only deltas change: the trained weights W stay as they are.
+(Nested Learning, equation 31, with the norm of a step bounded by a share of the level's weights.) Only deltas change: the trained weights W stay as they are.
 The end of a text finishes its last chunk.
 """
 
@@ -30,8 +30,8 @@ from .nested_karla import Clock, LevelSpec
 
 
 LEARNING_FILE = "learning.safetensors"
-RATE = 0.3
-LIMIT = 1.0
+RATE = 1.0
+LIMIT = 0.01
 
 
 class LearnReport(NamedTuple):
@@ -85,7 +85,7 @@ class HopeLearningMixin:
             tokenizer: the encoder's tokenizer.
             passes: how often all texts are read.
             rate: factor of a step.
-            limit: largest norm of a level's mean gradient in a step.
+            limit: largest norm of a level's step, as a share of the norm of its weights.
             progress: whether to show a progress bar.
 
         Raises:
@@ -182,10 +182,11 @@ class HopeLearningMixin:
             [LevelSpec(name, levels[0].update_period) for name, levels in groups.items()], self.learning_step
         )
         for name, period in clock.tick():
-            means = [waiting / period for level in groups[name] for waiting in level.waiting]
-            norm = torch.stack([mean.norm() for mean in means]).norm()
-            for delta, mean in zip(_deltas({name: groups[name]}), means, strict=True):
-                delta.sub_(mean * (rate * limit / norm.clamp(min=limit)))
+            steps = [waiting * (rate / period) for level in groups[name] for waiting in level.waiting]
+            weights = [weight.float() for level in groups[name] for weight in level.matrices]
+            norm, most = (torch.nn.utils.get_total_norm(tensors) for tensors in (steps, weights))
+            for delta, step in zip(_deltas({name: groups[name]}), steps, strict=True):
+                delta.sub_(step * (limit * most / norm).clamp(max=1.0))
             for level in groups[name]:
                 for waiting in level.waiting:
                     waiting.zero_()

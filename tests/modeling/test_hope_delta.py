@@ -179,8 +179,8 @@ def test_autocast_does_not_reach_the_fast_weights():
 
 
 def test_rebound_keys_are_recalled_where_a_hebbian_memory_mixes_them():
-    """12 keys are written, then written again with other values: delta memory answers with the later ones."""
-    size, keys = 16, 12
+    """8 keys are written, then written again with other values: delta memory answers with the later ones."""
+    size, keys = 32, 8
     key = torch.randn(1, keys, size, dtype=torch.float64)
     first, second = torch.randn(2, 1, keys, size, dtype=torch.float64)
     written = torch.cat([key, key], dim=1), torch.cat([first, second], dim=1)
