@@ -99,7 +99,7 @@ assert not [name for name in sys.modules if name.startswith("karla_hf")]
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
     command = [sys.executable, "-P", "-c", code]
-    finished = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120, env=environment)
+    finished = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300, env=environment)
     assert finished.returncode == 0, finished.stderr
     out, generated = torch.load(tmp_path / "out.pt")
     torch.testing.assert_close(out, logits(model))
