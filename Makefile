@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Runs of every arm in `make pope-demo`; one alone leaves out the sweep
 SEEDS ?= 3
 BIN := .venv/bin
+# The processes of the tests; the tests of a file stay together.
+WORKERS := -n logical --maxprocesses 4 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo pope-demo test test-all check format bench build clean
@@ -20,10 +22,10 @@ pope-demo: .venv/.ready  ## POPE against plain GRPO on programs with a rare rule
 	  $(if $(filter 1,$(SEEDS)),--sweep '[]')
 
 test: .venv/.ready  ## tests and doctests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: .venv/.ready  ## the same with the slow tests, other fuzzed files, and the gpu tests where there is one
-	$(BIN)/python -m pytest -m "not bench" --hypothesis-profile=explore
+	$(BIN)/python -m pytest $(WORKERS) -m "not bench" --hypothesis-profile=explore
 
 check: .venv/.ready  ## ruff, mypy, import-linter; changes nothing
 	$(BIN)/ruff check

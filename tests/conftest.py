@@ -55,6 +55,12 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file, and all of the fuzz suite, in one process of pytest-xdist: they share what was made for them."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("fuzz" if "fuzz" in item.path.parts else str(item.path)))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
