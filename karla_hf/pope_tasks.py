@@ -65,7 +65,7 @@ def chain_sum(size: int, seed: int = 0, sizes: Mapping[str, int] | None = None) 
     Example:
         >>> row = chain_sum(1, sizes={"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1})[0]
         >>> row["solution"], row["answer"]
-        (['8 + 6 = 14', '14 + 0 = 14', 'Answer: 14'], '14')
+        (['0 - 4 = -4', '-4 - 8 = -12', 'Answer: -12'], '-12')
     """
     import reasoning_gym
 

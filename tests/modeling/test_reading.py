@@ -324,8 +324,7 @@ def test_progress_moves_with_every_pass_of_the_backbone(new_memory, weight, monk
 
     monkeypatch.setattr("karla_hf.modeling.reading_karla.logging.tqdm", Bar)
     engram = new_memory()
-    read_texts(
-        [torch.arange(400) % 30 + 1], engram, engram.open_pack("a"), Reader(), weight, batch_tokens=32, **WINDOWS
-    )
+    options = {**WINDOWS, "batch_tokens": 32}
+    read_texts([torch.arange(400) % 30 + 1], engram, engram.open_pack("a"), Reader(), weight, None, **options)
     assert sum(seen) == 400
     assert max(seen) <= 32
