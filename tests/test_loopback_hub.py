@@ -234,10 +234,12 @@ def test_a_killed_upload_leaves_nothing_behind(loopback_hub):
     code = f"{inspect.getsource(push_large)}\npush_large({size}, {size // 2})"
     environment = loopback_hub.environment()
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as client:
-        assert client.stdout.readline() == "half sent\n"
-        wait_for(lambda: sum(file.stat().st_size for file in stored()) > size // 4)
-        assert [file.parent.name for file in stored()] == ["incoming"]
-        client.kill()
+        try:
+            assert client.stdout.readline() == "half sent\n"
+            wait_for(lambda: sum(file.stat().st_size for file in stored()) > size // 4)
+            assert [file.parent.name for file in stored()] == ["incoming"]
+        finally:
+            client.kill()
     wait_for(lambda: not stored())
     assert loopback_hub.head("killed") == head
     files = loopback_hub.call(push_large, size=size, stop_at=None)
