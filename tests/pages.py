@@ -86,14 +86,26 @@ class Tab:
         self.page.wait_for_selector("#facts dd")
         self.page.evaluate(COUNT)
         self.ended = {"stop": 0, "stop-reading": 0}
+        self.answers, self.note = 0, ""  # when the last line was sent, and the last file dropped
 
     def wait_for_end(self, button: str) -> None:
         """Wait until what this Stop button would stop has ended once more than at the last call."""
-        self.page.wait_for_function(f"window.ended['{button}'] > {self.ended[button]}")
-        self.ended[button] += 1
+        self.page.wait_for_function(
+            """([button, ended, answers, note]) => {
+                const hidden = !document.getElementById(button)?.checkVisibility();
+                const said = document.querySelector("#note").innerText;
+                const done = button === "stop"
+                    ? document.querySelectorAll("#chat .bot").length > answers
+                    : document.querySelector(".toast-body") || (said !== note && !said.includes("%"));
+                return window.ended[button] > ended || (hidden && done);
+            }""",
+            arg=[button, self.ended[button], self.answers, self.note],
+        )
+        self.ended[button] = self.page.evaluate(f"window.ended['{button}']")
 
     def start(self, line: str) -> None:
         """Send a line."""
+        self.answers = self.page.locator("#chat .bot").count()
         self.page.fill("#line textarea", line)
         self.page.click("#send")
 
@@ -118,6 +130,7 @@ class Tab:
 
     def start_reading(self, path: Path, pack: str = "default") -> None:
         """Drop a file."""
+        self.note = self.page.locator("#note").inner_text()
         self.page.fill("#pack input, #pack textarea", pack)
         self.page.set_input_files("#file input[type=file]", path)
 

@@ -442,7 +442,7 @@ def test_missing_and_damaged_files_name_the_folder(folder):
     with pytest.raises(OSError, match=f"{folder} holds no weights that can be read: .*no file named"):
         load_backbone(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(OSError, match=f"{folder} holds no config that can be read: .*JSON"):
+    with pytest.raises(OSError, match=f"{folder}/config.json is no JSON"):
         load_backbone(folder)
     (folder / "config.json").unlink()
     with pytest.raises(OSError, match=f"{folder} holds no config that can be read"):

@@ -219,14 +219,14 @@ def push_large(size, stop_at):
     file = Stopping(b"k" * size)
     operation = CommitOperationAdd("large.bin", file)  # reads all of it, for the hash
     file.stop_at = stop_at
-    HfApi().create_commit("karla/killed", [operation], commit_message="large")
-    return HfApi().list_repo_files("karla/killed")
+    HfApi().create_commit("karla/half-sent", [operation], commit_message="large")
+    return HfApi().list_repo_files("karla/half-sent")
 
 
 def test_a_killed_upload_leaves_nothing_behind(loopback_hub):
-    loopback_hub.create("killed")
-    head, size = loopback_hub.head("killed"), 20_000_000
-    large_files = loopback_hub.root / "models" / "karla" / "killed.git" / "lfs"
+    loopback_hub.create("half-sent")
+    head, size = loopback_hub.head("half-sent"), 20_000_000
+    large_files = loopback_hub.root / "models" / "karla" / "half-sent.git" / "lfs"
 
     def stored():
         return [file for file in large_files.rglob("*") if file.is_file()]
@@ -241,7 +241,7 @@ def test_a_killed_upload_leaves_nothing_behind(loopback_hub):
         finally:
             client.kill()
     wait_for(lambda: not stored())
-    assert loopback_hub.head("killed") == head
+    assert loopback_hub.head("half-sent") == head
     files = loopback_hub.call(push_large, size=size, stop_at=None)
     assert files == [".gitattributes", "large.bin"]
     assert [file.stat().st_size for file in stored()] == [size]

@@ -15,10 +15,10 @@ def check_cards(cards):
     from huggingface_hub import HfApi, ModelCard
 
     api, found = HfApi(), {"pushed": {}, "validated": {}}
-    api.create_repo("karla/cards")
+    api.create_repo("karla/checked-cards")
     for name, text in cards.items():
         try:
-            api.upload_file(repo_id="karla/cards", path_or_fileobj=text.encode(), path_in_repo="README.md")
+            api.upload_file(repo_id="karla/checked-cards", path_or_fileobj=text.encode(), path_in_repo="README.md")
             found["pushed"][name] = "valid"
         except ValueError as error:
             found["pushed"][name] = str(error)
@@ -71,9 +71,9 @@ def test_cards_are_checked_before_and_at_the_commit(loopback_hub):
     for name, verdict in [*found["pushed"].items(), *found["validated"].items()]:
         assert COMPLAINTS.get(name, "valid") in verdict.replace('\\"', '"'), name
     for name, card in cards.items():
-        status, headers, _ = loopback_hub.commit("cards", regular_file("README.md", card.encode()))
+        status, headers, _ = loopback_hub.commit("checked-cards", regular_file("README.md", card.encode()))
         assert status == (400 if name in COMPLAINTS else 200), name
-        assert loopback_hub.head("cards")
+        assert loopback_hub.head("checked-cards")
         assert COMPLAINTS.get(name, "") in headers.get("X-Error-Message", ""), name
 
 
