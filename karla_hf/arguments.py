@@ -22,6 +22,7 @@ MODEL_OPTIONS = tuple(
 
 
 QUICK = "quick"
+M3_OPTIONS = ("learning_rate", "betas", "alpha", "period", "eps")
 
 
 @dataclass
@@ -70,6 +71,8 @@ class KarlaArguments(ModelArguments):
         ternary_decay_share: share of the training, from 0 to 1, after which that of ternary weights is 0.
         ternary_warmup: share of the training, from 0 to 1, over which weights go from float to ternary.
         muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as the others, with `optim`.
+        m3: options of `karla_hf.m3.M3` for them instead: `learning_rate`, and `betas`, `alpha`, `period`, `eps` if wanted.
+        update_periods: steps between two changes of the parameters whose names match a regular expression.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "python-reference or a Hub data set."})
@@ -85,6 +88,8 @@ class KarlaArguments(ModelArguments):
     ternary_decay_share: float = field(default=1.0, metadata={"help": "Share of the training in which they decay."})
     ternary_warmup: float = field(default=0.0, metadata={"help": "Share of the training from float to ternary."})
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's, for the ternary weights."})
+    m3: dict | None = field(default=None, metadata={"help": "M3's options, for the ternary weights."})
+    update_periods: dict | None = field(default=None, metadata={"help": "Steps between changes, by a name's part."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,6 +110,17 @@ class KarlaArguments(ModelArguments):
         if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             raise ValueError(
                 f"`muon_learning_rate` is {self.muon_learning_rate}; give a number above 0, such as 0.02."
+            )
+        if self.m3 is not None:
+            self._check_m3()
+
+    def _check_m3(self):
+        assert self.m3 is not None
+        if self.muon_learning_rate is not None:
+            raise ValueError("Both `m3` and `muon_learning_rate` are given; remove one of them.")
+        if "learning_rate" not in self.m3 or set(self.m3) - set(M3_OPTIONS):
+            raise ValueError(
+                f"`m3` has the keys {sorted(self.m3)}; give `learning_rate`, and of {', '.join(M3_OPTIONS[1:])} what is wanted."
             )
 
 

@@ -162,8 +162,9 @@ def _draw_curves(axes, histories: Mapping[str, Sequence[Mapping[str, float]]], l
                 labelled.add(label)
         length = max((entry["step"] for entry in entries), default=0)
         if len(histories) > 1:
-            axes.annotate(phase, (begin + length / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+            title = axes.annotate(phase, (begin + length / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
                           fontsize=7, color="#6b7785", annotation_clip=False)  # fmt: skip
+            title.set_in_layout(False)
         begin += length
 
 

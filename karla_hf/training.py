@@ -124,6 +124,8 @@ def make_trainer(
         ternary_decay_share=arguments.ternary_decay_share,
         ternary_warmup=arguments.ternary_warmup,
         muon_learning_rate=arguments.muon_learning_rate,
+        m3=arguments.m3,
+        update_periods=arguments.update_periods,
     )
     if arguments.held_out_limit is not None:
         rows = cast("Dataset", trainer.eval_dataset)

@@ -21,7 +21,13 @@ TRAINING = {
     "disable_tqdm": True,
 }
 TEXTS = {**TRAINING, "max_length": 32, "packing": True, "packing_strategy": "wrapped", "max_steps": 4, "save_steps": 2}
-POPE = {"num_samples": 2, "num_generations": 2, "max_completion_length": 4, "temperature": 1.0, "reward": "schedules.vowels"}
+POPE = {
+    "num_samples": 2,
+    "num_generations": 2,
+    "max_completion_length": 4,
+    "temperature": 1.0,
+    "reward": "schedules.vowels",
+}
 FINE_TUNE = {"tick_loss": "mean", "ponder_cost": 0.01, "eval_strategy": "steps", "eval_steps": 2, "probe_rows": 3}
 
 

@@ -1,5 +1,6 @@
 """Phase 3, and the three phases as one job."""
 
+import itertools
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ def test_three_phases_run_as_one_job(trained):
 
 def test_phases_continue_the_karla_of_the_one_before(trained):
     out = trained[0].with_suffix("")
-    for before, name in zip(NAMES, NAMES[1:], strict=False):
+    for before, name in itertools.pairwise(NAMES):
         kept = yaml.safe_load((out / name / "recipe.yaml").read_text())
         assert kept["model_name_or_path"] == str(out / before)
 
@@ -83,7 +84,9 @@ def test_finished_phases_are_not_repeated(trained, capsys):
 
 
 def test_phase_that_was_begun_with_other_values_is_refused(trained):
-    with pytest.raises(ValueError, match=r"fine-tune was begun with `learning_rate` 0\.01, but now it is 0\.5; give") as e:
+    with pytest.raises(
+        ValueError, match=r"fine-tune was begun with `learning_rate` 0\.01, but now it is 0\.5; give"
+    ) as e:
         run(trained[0], ["--fine-tune.learning_rate", "0.5"])
     assert as_sentence(e.value) == str(e.value)
 
@@ -115,7 +118,10 @@ def test_result_of_a_phase_is_what_the_schedule_measured(trained):
 
 @pytest.mark.parametrize(
     ("which", "message"),
-    [("3", r"has no checkpoint '3'; give best, last, or one of the steps 2, 4\.$"), ("worst", r"has no checkpoint 'worst'")],
+    [
+        ("3", r"has no checkpoint '3'; give best, last, or one of the steps 2, 4\.$"),
+        ("worst", r"has no checkpoint 'worst'"),
+    ],
 )
 def test_checkpoint_that_is_not_there(trained, which, message):
     with pytest.raises(ValueError, match=message) as error:
@@ -272,7 +278,9 @@ def test_killed_job_goes_on_to_the_same_bits(tmp_path):
         process.wait()
         for name, stamp in seen.items():  # a finished phase was left alone
             assert (out / name / "model.safetensors").stat().st_mtime_ns == stamp
-        seen = {name: (out / name / "model.safetensors").stat().st_mtime_ns for name in NAMES if read_summary(out / name)}
+        seen = {
+            name: (out / name / "model.safetensors").stat().st_mtime_ns for name in NAMES if read_summary(out / name)
+        }
     assert set(seen) == {"warm-up", "pope"}
     finished = subprocess.run([sys.executable, "-c", RUN, str(path)], env=environment, check=True, timeout=300,
                               capture_output=True, text=True)  # fmt: skip
