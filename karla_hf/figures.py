@@ -134,9 +134,10 @@ def draw_run(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path)
     for axes, (title, lines) in zip(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels.items(),
                                     strict=False):  # fmt: skip
         _draw_curves(axes, histories, lines)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, pad=14)
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.get_major_formatter().set_useOffset(False)
         if title == "grokking":
             axes.set_yticks(range(len(State)), [state.value for state in State], fontsize=7)
         elif len(axes.get_legend_handles_labels()[1]) > 1:
@@ -154,7 +155,7 @@ def _draw_curves(axes, histories: Mapping[str, Sequence[Mapping[str, float]]], l
         if number:
             axes.axvline(begin, color="#d5dae0", linewidth=1, zorder=0)
         for key, (label, colour) in lines.items():
-            points = [(begin + entry["step"], entry[key]) for entry in entries if key in entry]
+            points = [(begin + entry["step"], entry[key]) for entry in entries if _is_shown(key, entry)]
             if points:
                 marker = "o" if len(points) == 1 else ""
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3,
@@ -166,6 +167,12 @@ def _draw_curves(axes, histories: Mapping[str, Sequence[Mapping[str, float]]], l
                           fontsize=7, color="#6b7785", annotation_clip=False)  # fmt: skip
             title.set_in_layout(False)
         begin += length
+    axes.set_xlim(0, begin * 1.02)
+
+
+def _is_shown(key: str, entry: Mapping[str, float]) -> bool:
+    """Whether a number of an entry is drawn; the loss of an entry with a reward is not in nats per token."""
+    return key in entry and not (key == "loss" and "reward" in entry)
 
 
 def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], path: Path) -> None:

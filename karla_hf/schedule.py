@@ -116,7 +116,8 @@ def plan(path: str | Path, phases: Mapping[str, Any], changes: Mapping[str, Any]
     Raises:
         FileNotFoundError, ValueError: for a phase or a key that cannot be used.
     """
-    found, used = [], set()
+    found: list[Phase] = []
+    used: set[str] = set()
     for name, own in phases.items():
         if name not in KINDS or not isinstance(own, dict) or not isinstance(own.get("recipe"), str):
             raise ValueError(

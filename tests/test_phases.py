@@ -256,33 +256,40 @@ def test_kept_recipe_holds_no_token(tmp_path):
 RUN = "import sys, torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True); from karla_hf.phases import run; run(sys.argv[1])"
 
 
+def kill_when(path, command, environment):
+    """Run a process until a path is there, and kill it at once."""
+    process = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + 400
+        while not path.exists():
+            assert time.monotonic() < deadline, path
+            assert process.poll() is None, path
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_job_goes_on_to_the_same_bits(tmp_path):
     changes = {"save_packed": False, "warm-up.max_steps": 12, "fine-tune.max_steps": 12}
     whole = write_schedule(tmp_path, "whole", **changes)
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for the reward
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", RUN, str(whole)], env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", RUN, str(whole)], env=environment, check=True, timeout=600)
     path = write_schedule(tmp_path, "killed", **changes)
     out = tmp_path / "killed"
     seen = {}
-    for file in ("warm-up/checkpoint-4/trainer_state.json", "pope/prefix.jsonl", "pope/checkpoint-1/trainer_state.json",
-                 "fine-tune/checkpoint-4/trainer_state.json", "fine-tune/model.safetensors"):  # fmt: skip
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(path)], env=environment)
-        deadline = time.monotonic() + 200
-        while not (out / file).exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None, file
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for file in ("warm-up/checkpoint-4", "pope/checkpoint-1", "fine-tune/checkpoint-4", "fine-tune/model.safetensors"):
+        kill_when(out / file, [sys.executable, "-c", RUN, str(path)], environment)
         for name, stamp in seen.items():  # a finished phase was left alone
             assert (out / name / "model.safetensors").stat().st_mtime_ns == stamp
         seen = {
             name: (out / name / "model.safetensors").stat().st_mtime_ns for name in NAMES if read_summary(out / name)
         }
     assert set(seen) == {"warm-up", "pope"}
-    finished = subprocess.run([sys.executable, "-c", RUN, str(path)], env=environment, check=True, timeout=300,
+    finished = subprocess.run([sys.executable, "-c", RUN, str(path)], env=environment, check=True, timeout=600,
                               capture_output=True, text=True)  # fmt: skip
     assert finished.stdout.count("finished before") == 2
     assert "goes on from checkpoint-" in finished.stdout
