@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import yaml
 from trl import SFTConfig, TrlParser
 
 from karla_hf.documents import read_text
 from karla_hf.modeling.configuration_karla import KarlaConfig
+from karla_hf.overrides import as_overrides, parse_yaml, read_overrides
 from karla_hf.states import DTYPES
 
 
@@ -19,6 +19,10 @@ MODEL_OPTIONS = tuple(
     for name in KarlaConfig.__annotations__
     if name.startswith(("engram_", "ctm_", "certainty_", "tick_", "ponder_"))
 )
+
+
+QUICK = "quick"
+M3_OPTIONS = ("learning_rate", "betas", "alpha", "period", "eps")
 
 
 @dataclass
@@ -58,6 +62,7 @@ class KarlaArguments(ModelArguments):
             `completion` on each line, anything else as one plain text each.
         held_out_share: share of the rows, above 0 and below 1, that is kept from training and measured at the end; the
             Python reference has a fixed split by topic instead.
+        held_out_limit: measure on the first so many held-out rows, counted after packing; None takes all.
         cache_states: run the frozen backbone over the data once, and train from its stored states; pays from the second
             epoch on.
         cache_dir: folder for the states; None takes `states` in `output_dir`.
@@ -66,6 +71,8 @@ class KarlaArguments(ModelArguments):
         ternary_decay_share: share of the training, from 0 to 1, after which that of ternary weights is 0.
         ternary_warmup: share of the training, from 0 to 1, over which weights go from float to ternary.
         muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as the others, with `optim`.
+        m3: options of `karla_hf.m3.M3` for them instead: `learning_rate`, and `betas`, `alpha`, `period`, `eps` if wanted.
+        update_periods: steps between two changes of the parameters whose names match a regular expression.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "python-reference or a Hub data set."})
@@ -73,6 +80,7 @@ class KarlaArguments(ModelArguments):
     dataset_split: str = field(default="train", metadata={"help": "Its split on the Hub."})
     dataset_files: list[str] | None = field(default=None, metadata={"help": "Text or JSON Lines files."})
     held_out_share: float = field(default=0.1, metadata={"help": "Share of the rows that is measured at the end."})
+    held_out_limit: int | None = field(default=None, metadata={"help": "Measure on the first so many rows."})
     cache_states: bool = field(default=False, metadata={"help": "Run the backbone over the data once."})
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for the backbone's states."})
     cache_dtype: str = field(default="bfloat16", metadata={"help": "dtype of stored states."})
@@ -80,6 +88,8 @@ class KarlaArguments(ModelArguments):
     ternary_decay_share: float = field(default=1.0, metadata={"help": "Share of the training in which they decay."})
     ternary_warmup: float = field(default=0.0, metadata={"help": "Share of the training from float to ternary."})
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's, for the ternary weights."})
+    m3: dict | None = field(default=None, metadata={"help": "M3's options, for the ternary weights."})
+    update_periods: dict | None = field(default=None, metadata={"help": "Steps between changes, by a name's part."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,6 +99,8 @@ class KarlaArguments(ModelArguments):
             raise ValueError(
                 f"`held_out_share` is {self.held_out_share}; give a share above 0 and below 1, such as 0.1."
             )
+        if self.held_out_limit is not None and self.held_out_limit < 1:
+            raise ValueError(f"`held_out_limit` is {self.held_out_limit}; give 1 or more rows, or leave it out.")
         if self.cache_dtype not in DTYPES:
             raise ValueError(f"`cache_dtype` is {self.cache_dtype!r}; give one of {', '.join(DTYPES)}.")
         if not 0 <= self.ternary_decay_share <= 1:
@@ -98,6 +110,17 @@ class KarlaArguments(ModelArguments):
         if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             raise ValueError(
                 f"`muon_learning_rate` is {self.muon_learning_rate}; give a number above 0, such as 0.02."
+            )
+        if self.m3 is not None:
+            self._check_m3()
+
+    def _check_m3(self):
+        assert self.m3 is not None
+        if self.muon_learning_rate is not None:
+            raise ValueError("Both `m3` and `muon_learning_rate` are given; remove one of them.")
+        if "learning_rate" not in self.m3 or set(self.m3) - set(M3_OPTIONS):
+            raise ValueError(
+                f"`m3` has the keys {sorted(self.m3)}; give `learning_rate`, and of {', '.join(M3_OPTIONS[1:])} what is wanted."
             )
 
 
@@ -119,13 +142,17 @@ class Recipe(NamedTuple):
     model_options: dict[str, Any]
 
 
-def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[KarlaArguments] = KarlaArguments
+) -> Recipe:
     """Read a recipe and check every key in it.
 
     Args:
         path: a YAML file, one mapping of fields of `KarlaArguments`, of `trl.SFTConfig`, and of the `engram_`, `ctm_`,
             `certainty_` and `tick_` fields of `KarlaConfig`.
         overrides: `["--key", "value", ...]` or `["--key=value", ...]`; the values are YAML and go before the recipe's.
+            `--epochs` is `--num_train_epochs` and takes away `max_steps`; `--batch-size` is `--per_device_train_batch_size`.
+        kind: `KarlaArguments`, or a dataclass made of it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -140,7 +167,7 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe.training.learning_rate, recipe.model_options
         (0.001, {'ctm_num_ticks': 4})
     """
-    return Recipe(*parse_values(path, read_recipe(path, overrides), KarlaArguments, SFTConfig))
+    return Recipe(*parse_values(path, read_recipe(path, overrides), kind, SFTConfig))
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -150,7 +177,21 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         FileNotFoundError: if there is no such file.
         ValueError: for a file that is no YAML mapping, or damaged overrides.
     """
-    return {**_read_mapping(path), **_read_overrides(overrides)}
+    values = {**_read_mapping(path), **read_overrides(overrides)}
+    values.pop(QUICK, None)
+    return values
+
+
+def quick_overrides(path: str | Path) -> list[str]:
+    """The overrides that a recipe has under `quick`, for a run that only shows that all works.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_recipe`, or if it has none.
+    """
+    quick = _read_mapping(path).get(QUICK)
+    if not isinstance(quick, dict):
+        raise ValueError(f"{path} has no `{QUICK}` values; leave --quick out, or add a mapping of keys to replace.")
+    return as_overrides(quick)
 
 
 def parse_values(
@@ -221,7 +262,7 @@ def _as_argument(value: Any) -> Any:
 
 
 def _read_mapping(path: str | Path) -> dict[str, Any]:
-    values = _parse_yaml(read_text(path), str(path))
+    values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} holds a {type(values).__name__}, but a recipe is a mapping; write `key: value` lines."
@@ -230,37 +271,3 @@ def _read_mapping(path: str | Path) -> dict[str, Any]:
     if odd:
         raise ValueError(f"{path} has a key that is a {odd[0]}, but keys are words; write `key: value` lines.")
     return values
-
-
-def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    values, rest = {}, list(overrides)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not key.startswith("--"):
-            raise ValueError(f"{key!r} stands where a key should; write overrides as `--key value`.")
-        if not equals:
-            if not rest:
-                raise ValueError(f"{key} has no value; write overrides as `--key value`.")
-            value = rest.pop(0)
-        values[key.removeprefix("--").replace("-", "_")] = _parse_yaml(value, key)
-    return values
-
-
-def _parse_yaml(text: str, place: str) -> Any:
-    try:
-        return _PlainLoader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())
-    except RecursionError:
-        reason = "it is nested too deeply"
-    raise ValueError(f"{place} is not YAML ({reason}); correct it there.")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Without aliases, of which a few lines can stand for more values than there is memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "a recipe takes no aliases; write the value out", mark)
-        return super().compose_node(parent, index)

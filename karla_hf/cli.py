@@ -228,18 +228,36 @@ def train(
         list[str] | None,
         typer.Argument(metavar="--KEY VALUE", help="Keys of the recipe to replace.", show_default=False),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Replace keys by those under `quick` in the recipe, to see that all works.")
+    ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Train as a recipe says: the head with TRL, and compare its loss on held-out rows with the backbone's.
 
     The recipe's `phase` says what: the head on texts (warm-up, the default),
-    on problems (pope), or an experiment such as modular-addition. Options after
-    the recipe replace its keys, such as --max_steps 20.
+    on problems (pope), with adaptive computation (fine-tune), the three as one
+    job (all), or an experiment such as modular-addition. Options after the recipe
+    replace its keys: --max_steps 20, --epochs 2, --batch-size 8.
     """
     from karla_hf.phases import run
     from karla_hf.report import write_json
 
-    write_json(json_file, run(recipe, overrides or []))
+    write_json(json_file, run(recipe, overrides or [], quick=quick))
+
+
+@app.command(rich_help_panel=TRAIN)
+def plot(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Where the figure goes.  [default: RUN/curves.png]", show_default=False),
+    ] = None,
+) -> None:
+    """Draw what a run logged: loss, learning rate, ticks, certainty, success, grokking."""
+    from karla_hf.run_plot import plot_run
+
+    plot_run(directory, output)
 
 
 app.add_typer(pope, name="pope", rich_help_panel=TRAIN)

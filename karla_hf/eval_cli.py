@@ -9,7 +9,7 @@ from karla_hf.options import Checkpoint, JsonFile, TextFiles
 
 
 evaluate = typer.Typer(
-    help="Measure recall, perplexity, reasoning, or how many ticks are needed.", no_args_is_help=True
+    help="Measure recall, perplexity, reasoning, how many ticks are needed, or a training run.", no_args_is_help=True
 )
 
 
@@ -100,3 +100,26 @@ def reasoning(
     from karla_hf.reasoning import measure_reasoning
 
     measure_reasoning(directory, tasks or (), size=size, seed=seed, json_file=json_file)
+
+
+@evaluate.command("all")
+def all_measures(
+    directory: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.", show_default=False)],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="best|last|N",
+            help="A checkpoint instead of the result; best: on held-out rows.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a training run as its recipe says: held-out loss, ticks, pass@k without help, memory rows.
+
+    Of a run of several phases the last is measured; give the folder of a phase
+    for another.
+    """
+    from karla_hf.run_evaluation import evaluate_run
+
+    evaluate_run(directory, checkpoint, json_file)

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import isnan, log2
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from karla_hf.grokking import State
+
+
+_GREY, _TEAL, _RED, _ORANGE = "#9aa5b1", "#1f6f78", "#d1495b", "#d9822b"
+# Titles of panels; in each, the keys of a trainer's log with label and colour.
+_CURVES = {
+    "loss, nats per token": {
+        "loss": ("training", _GREY), "eval_loss": ("held out", _TEAL), "eval_train_loss": ("training rows", _ORANGE),
+        "eval_val_loss": ("held out", _TEAL),
+    },
+    "learning rate": {"learning_rate": ("learning rate", _TEAL)},
+    "ticks": {"ticks": ("of the probe", _TEAL), "expected_ticks": ("calibrated", _RED)},
+    "certainty": {"certainty": ("certainty", _TEAL)},
+    "correct completions": {"guided/accuracy": ("guided", _ORANGE), "unguided/accuracy": ("unguided", _TEAL)},
+    "reward": {"reward": ("reward", _TEAL)},
+    "groups without a gradient": {"frac_reward_zero_std": ("share", _TEAL)},
+    "weight norm": {"grokking/weight_norm": ("weight norm", _TEAL)},
+    "grokking": {"grokking/state": ("state", _TEAL)},
+    "memory rows": {"memory_rows": ("rows", _TEAL)},
+}  # fmt: skip
 
 
 def draw_before_after(measured: dict, path: Path) -> None:
@@ -88,6 +110,69 @@ def draw_ticks(measured: dict, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def draw_run(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> list[str]:
+    """Draw what trainers logged, one panel for each kind of number that occurs, phase after phase.
+
+    Args:
+        histories: by phase, `log_history` of its trainer.
+        path: the PNG file.
+
+    Returns:
+        The titles of the panels.
+
+    Raises:
+        ValueError: if nothing that is drawn was logged.
+    """
+    panels = {title: lines for title, lines in _CURVES.items()
+              if any(key in entry for entries in histories.values() for entry in entries for key in lines)}  # fmt: skip
+    if not panels:
+        raise ValueError("The run has logged nothing yet; let it train longer, or log more often (`logging_steps`).")
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(4.2 * columns, 3 * -(-len(panels) // columns)), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat, panels.items(),
+                                    strict=False):  # fmt: skip
+        _draw_curves(axes, histories, lines)
+        axes.set_title(title, fontsize=10, pad=14)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.get_major_formatter().set_useOffset(False)
+        if title == "grokking":
+            axes.set_yticks(range(len(State)), [state.value for state in State], fontsize=7)
+        elif len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=8)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=150)
+    return list(panels)
+
+
+def _draw_curves(axes, histories: Mapping[str, Sequence[Mapping[str, float]]], lines: Mapping[str, tuple[str, str]]):
+    """Lines of a panel; phases stand side by side, a thin line between them."""
+    begin, labelled = 0.0, set()
+    for number, (phase, entries) in enumerate(histories.items()):
+        if number:
+            axes.axvline(begin, color="#d5dae0", linewidth=1, zorder=0)
+        for key, (label, colour) in lines.items():
+            points = [(begin + entry["step"], entry[key]) for entry in entries if _is_shown(key, entry)]
+            if points:
+                marker = "o" if len(points) == 1 else ""
+                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3,
+                          label=label if label not in labelled else "_")  # fmt: skip
+                labelled.add(label)
+        length = max((entry["step"] for entry in entries), default=0)
+        if len(histories) > 1:
+            title = axes.annotate(phase, (begin + length / 2, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                          fontsize=7, color="#6b7785", annotation_clip=False)  # fmt: skip
+            title.set_in_layout(False)
+        begin += length
+    axes.set_xlim(0, begin * 1.02)
+
+
+def _is_shown(key: str, entry: Mapping[str, float]) -> bool:
+    """Whether a number of an entry is drawn; the loss of an entry with a reward is not in nats per token."""
+    return key in entry and not (key == "loss" and "reward" in entry)
 
 
 def draw_forgetting(matrices: dict[str, list[list[float]]], titles: list[str], path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from karla_hf.muon import MuonAdamW
+
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that Muon uses
 
@@ -94,11 +96,11 @@ class M3(torch.optim.Optimizer):
     def _step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
         gradient, state, (b1, b2, b3) = parameter.grad, self.state[parameter], group["betas"]
-        if not state:
+        if "fast" not in state:
             state["step"] = 0
             for name in ("fast", "square", "gathered", "slow", "slow_update"):
                 state[name] = torch.zeros_like(parameter)
-        state["step"] += 1
+        state["step"] = int(state["step"]) + 1  # a tensor once an AdamW has loaded it
         state["fast"].lerp_(gradient, 1 - b1)
         state["square"].lerp_(gradient.square(), 1 - b2)
         state["gathered"].add_(gradient)
@@ -110,6 +112,21 @@ class M3(torch.optim.Optimizer):
         update /= (state["square"] / (1 - b2 ** state["step"])).sqrt() + group["eps"]
         update *= 0.2 / update.square().mean().sqrt().clamp(min=group["eps"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+class M3AdamW(MuonAdamW):
+    """`MuonAdamW` whose groups with `"muon": True` take the steps of `M3` instead of Muon's.
+
+    Example:
+        >>> matrix, vector = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = M3AdamW([{"params": [matrix], "muon": True, "lr": 1.0}, {"params": [vector]}], lr=0.5)
+        >>> (matrix.sum() + vector.sum()).backward()
+        >>> optimizer.step()
+        >>> round(matrix.square().mean().sqrt().item(), 4), vector.detach().round(decimals=3).tolist()
+        (0.2, [-0.5, -0.5])
+    """
+
+    matrix_optimizer = M3
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:

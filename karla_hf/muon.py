@@ -31,10 +31,12 @@ class MuonAdamW(RowsAdamW):
         (True, [-0.5, -0.5])
     """
 
+    matrix_optimizer: type[torch.optim.Optimizer] = torch.optim.Muon
+
     def __init__(self, params: Any, **kwargs: Any):
         groups = [dict(group) for group in params]
         matrices = [parameter for group in groups if group.get("muon") for parameter in group["params"]]
-        self._muon = torch.optim.Muon(matrices, weight_decay=0.0)
+        self._muon = self.matrix_optimizer(matrices, weight_decay=0.0)  # type: ignore[call-arg]
         super().__init__([{**self._muon.defaults, **g} if g.get("muon") else g for g in groups], **kwargs)
 
     @torch.no_grad()

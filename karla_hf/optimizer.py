@@ -66,7 +66,7 @@ class RowsAdamW(torch.optim.AdamW):
 class TernaryDecay(TrainerCallback):
     """Weight decay of the groups with `"ternary": True`: constant first, and 0 after a share of the training.
 
-    It depends on the number of the step alone, so a resumed run goes on as it would have.
+    It is set where it changes only, so that what others set in between stays; a checkpoint's optimiser holds it.
 
     Args:
         decay: weight decay before the end of the share.
@@ -82,8 +82,11 @@ class TernaryDecay(TrainerCallback):
         self.decay, self.share = decay, share
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        """Set the decay for the step that begins."""
-        decay = self.decay if state.global_step < self.share * state.max_steps else 0.0
+        """Set the decay for the step that begins, if it is another than before."""
+        end = self.share * state.max_steps
+        decay = self.decay if state.global_step < end else 0.0
+        if state.global_step > 0 and (state.global_step < end) == (state.global_step - 1 < end):
+            return
         for group in optimizer.param_groups:
             if group.get("ternary"):
                 group["weight_decay"] = decay

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from karla_hf import training as warmup
+from karla_hf.arguments import read_recipe
 from karla_hf.pope import (
     AdaptivePrefixes,
     ModelSampler,
@@ -28,7 +29,9 @@ from karla_hf.pope import (
     select_hard,
 )
 from karla_hf.pope_arguments import PopeRecipe, parse_pope_recipe
+from karla_hf.pope_journal import read_records
 from karla_hf.report import new_console, new_table, write_json
+from karla_hf.runs import PhaseName, keep_recipe
 
 
 def run_pope_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,6 +64,8 @@ def run_pope_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str
         warmup.check_packable(model)
     folder = Path(str(training.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
+    if training.process_index == 0:
+        keep_recipe(read_recipe(path, overrides), folder)
     with training.main_process_first(local=False, desc="passes"):
         difficulty, parts, before = _run_passes(recipe, model, tokenizer, problems, folder)
     train, prefixes, measured = parts
@@ -68,6 +73,7 @@ def run_pope_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str
     _check_rows(rows, training)
     trainer = GRPOTrainer(model=model, reward_funcs=reward, args=training, train_dataset=rows,
                           processing_class=tokenizer, callbacks=callbacks)  # fmt: skip
+    trainer.add_callback(PhaseName(trainer, arguments.phase))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - start
@@ -77,7 +83,8 @@ def run_pope_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str
         model.pack(arguments.save_packed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        after = _evaluate(recipe, model, tokenizer, measured, None)
+        trainer.save_state()
+        after = evaluate_problems(recipe, model, tokenizer, measured, None)
         summary = {
             "recipe": str(path),
             "model": arguments.model_name_or_path,
@@ -124,7 +131,7 @@ def _run_passes(
     prefixes = find_prefixes(train, sampler, reward, num_samples=arguments.num_samples, chat=arguments.chat,
                              min_success=arguments.min_success, max_fraction=arguments.max_fraction,
                              file=folder / "prefix.jsonl")  # fmt: skip
-    before = _evaluate(recipe, model, tokenizer, measured, folder / "eval.jsonl")
+    before = evaluate_problems(recipe, model, tokenizer, measured, folder / "eval.jsonl")
     return difficulty, (train, prefixes, measured), before
 
 
@@ -146,7 +153,27 @@ def _sampling(recipe: PopeRecipe, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _evaluate(recipe: PopeRecipe, model: Any, tokenizer: Any, problems: Dataset, file: Path | None) -> dict[str, Any]:
+def measured_problems(recipe: PopeRecipe, folder: Path) -> Dataset:
+    """The problems on which a run measured before and after, by what it left in its folder.
+
+    Raises:
+        OSError: if the run has not come so far.
+        ValueError: if the recipe's problems are others.
+    """
+    arguments = recipe.arguments
+    problems = load_problems(arguments.problems, split=arguments.problems_split, limit=arguments.problems_limit,
+                             columns=arguments.problems_columns)  # fmt: skip
+    wanted = {record["problem_id"] for record in read_records(folder / "eval.jsonl", "eval")}
+    rows = [number for number, name in enumerate(problems["problem_id"]) if name in wanted]
+    if not rows:
+        raise ValueError(f"{folder / 'eval.jsonl'} holds none of the problems of {arguments.problems}; train again.")
+    return problems.select(rows)
+
+
+def evaluate_problems(
+    recipe: PopeRecipe, model: Any, tokenizer: Any, problems: Dataset, file: Path | None
+) -> dict[str, Any]:
+    """Unguided pass@k, sampled as a run of the recipe does before and after its training; see `karla_hf.pope.evaluate`."""
     sampler = _sampler(recipe, model, tokenizer, seed=1)  # not the samples by which the problems were chosen
     arguments = recipe.arguments
     return evaluate(problems, sampler, find_reward(arguments.reward), num_samples=arguments.eval_samples,

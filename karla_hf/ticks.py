@@ -4,7 +4,7 @@ One pass over held-out data with all ticks gives certainty and loss of every tok
 would have answered follows from these, so no threshold is run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,40 @@ def measure_ticks(
         model.train(was_training)
     certainties, losses, hits, groups = zip(*parts, strict=True)
     return TickTable(torch.cat(certainties, 1), torch.cat(losses, 1), torch.cat(hits, 1), torch.cat(groups))
+
+
+@torch.no_grad()
+def measure_rows(
+    model: KarlaForCausalLM, rows: Iterable[Mapping[str, torch.Tensor]], progress: bool = True
+) -> TickTable:
+    """Think all ticks of the labels of tokenized rows; as `measure_ticks`, which takes texts.
+
+    Args:
+        model: the model. Not modified.
+        rows: each a batch of one, with `input_ids` and `labels`, both [1, T] int64; label -100 is not measured.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if there is no label.
+    """
+    parts: list[tuple[torch.Tensor, ...]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for group, row in enumerate(logging.tqdm(rows, unit="row", desc="ticks", disable=not progress)):
+            ids, labels = row["input_ids"][0].tolist(), row["labels"][0]
+            for at in range(0, len(ids) - 1, CONTEXT):
+                real = labels[at + 1 : at + CONTEXT] != -100
+                if real.any():
+                    found = _measure_context(model, ids[at : at + CONTEXT], 1, group)
+                    parts.append(tuple(part[..., real] for part in found))
+    finally:
+        model.train(was_training)
+    if not parts:
+        raise ValueError("There is nothing to measure; give at least one row with a label.")
+    certainties, losses, hits, groups = zip(*parts, strict=True)
+    groups = torch.cat(groups).unique(return_inverse=True)[1]
+    return TickTable(torch.cat(certainties, 1), torch.cat(losses, 1), torch.cat(hits, 1), groups)
 
 
 def calibrate(table: TickTable, max_rise: float = 0.01, thresholds: Sequence[float] = THRESHOLDS) -> Calibration:

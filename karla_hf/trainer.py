@@ -1,5 +1,6 @@
 """Supervised training of a Karla's head with TRL."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,9 @@ from trl import SFTTrainer
 
 from karla_hf.cached_batches import STATE_ROW, StatesCollator
 from karla_hf.loss import score_labels_only
+from karla_hf.m3 import M3AdamW
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
+from karla_hf.multi_rate import set_update_periods
 from karla_hf.muon import MuonAdamW, TernaryWarmup
 from karla_hf.optimizer import RowsAdamW, TernaryDecay, split_ternary
 from karla_hf.pushing import PublishingTrainerMixin
@@ -52,6 +55,9 @@ class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
         ternary_decay_share: share of the training after which that of ternary weights is 0.
         ternary_warmup: share of the training over which weights go from float to ternary.
         muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as all others.
+        m3: options of `karla_hf.m3.M3` for the ternary weights instead, with `learning_rate`; None trains them as all others.
+        update_periods: steps between two changes of the parameters whose names match a regular expression; see
+            `karla_hf.multi_rate`.
 
     Raises:
         ValueError: for data without padding, or for states of a backbone that trains or of streamed data.
@@ -71,6 +77,8 @@ class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
         ternary_decay_share: float = 1.0,
         ternary_warmup: float = 0.0,
         muon_learning_rate: float | None = None,
+        m3: Mapping[str, Any] | None = None,
+        update_periods: Mapping[str, int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -84,7 +92,7 @@ class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
         self.ternary_decay = TernaryDecay(decay, ternary_decay_share)
         self.add_callback(self.ternary_decay)
         self.add_callback(TernaryWarmup(ternary_warmup))
-        self.muon_learning_rate = muon_learning_rate
+        self.muon_learning_rate, self.m3, self.update_periods = muon_learning_rate, m3, update_periods
         score_labels_only(self.model)
         self.probe = self._make_probe()
         if states_dir is not None:
@@ -156,19 +164,27 @@ class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
         rows = engram is not None and engram.rows.weight.requires_grad
         optimizer = self._rows_optimizer(engram) if rows else super().create_optimizer(model)
         split_ternary(optimizer, self.model, self.ternary_decay.decay)
-        self.optimizer = optimizer if self.muon_learning_rate is None else self._with_muon(optimizer)
-        return self.optimizer
+        if self.muon_learning_rate is not None:
+            optimizer = self._for_matrices(optimizer, MuonAdamW, {"lr": self.muon_learning_rate})
+        elif self.m3 is not None:
+            own = {key: value for key, value in self.m3.items() if key != "learning_rate"}
+            optimizer = self._for_matrices(optimizer, M3AdamW, {"lr": self.m3["learning_rate"], **own})
+        if self.update_periods:
+            optimizer = set_update_periods(optimizer, self.model, self.update_periods)
+        self.optimizer = optimizer
+        return optimizer
 
-    def _with_muon(self, optimizer: torch.optim.Optimizer) -> MuonAdamW:
-        """The same groups, but Muon for those of ternary weights."""
+    def _for_matrices(
+        self, optimizer: torch.optim.Optimizer, kind: type[MuonAdamW], own: Mapping[str, Any]
+    ) -> MuonAdamW:
+        """The same groups, but another optimiser, with options of its own, for those of ternary weights."""
+        name, key = ("M3", "m3") if kind is M3AdamW else ("Muon", "muon_learning_rate")
         options = self._adamw_options(
-            "beside Muon only 'adamw_torch' and 'adamw_torch_fused' are possible; give one of them, or remove "
-            "`muon_learning_rate`."
+            f"beside {name} only 'adamw_torch' and 'adamw_torch_fused' are possible; give one of them, or remove `{key}`."
         )
-        muon = {"muon": True, "lr": self.muon_learning_rate}
         kept = ("params", "lr", "weight_decay", "sparse", "ternary")
         groups = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
-        return MuonAdamW([group | muon if group.get("ternary") else group for group in groups], **options)
+        return kind([{**group, "muon": True, **own} if group.get("ternary") else group for group in groups], **options)
 
     def _adamw_options(self, otherwise: str) -> dict[str, Any]:
         """Arguments of AdamW; where `optim` is another, ValueError with what stands against it."""
@@ -214,9 +230,11 @@ class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and add `ticks` and `certainty` to the entries of training."""
+        """Log, and add `ticks`, `certainty` and, of a memory that holds some, `memory_rows` to the entries of training."""
         if "loss" in logs:
             logs.update(self.measure_thought())
+            rows = sum(pack.num_owned for pack in self.model.engram.packs.values())
+            logs.update({"memory_rows": rows} if rows else {})
         super().log(logs, start_time)
 
     @torch.no_grad()

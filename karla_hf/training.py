@@ -15,11 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from karla_hf.arguments import ModelArguments, Recipe, parse_recipe
-from karla_hf.corpora import load_corpus
+from karla_hf.arguments import KarlaArguments, ModelArguments, Recipe, parse_recipe, read_recipe
+from karla_hf.corpora import Corpus, load_corpus
 from karla_hf.modeling.backbone_karla import load_tokenizer, resolve_backbone
 from karla_hf.modeling.bitlinear_karla import BitLinear
 from karla_hf.modeling.configuration_karla import KarlaConfig
@@ -27,6 +26,7 @@ from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.pretrained_karla import finish_logits
 from karla_hf.modeling.ternary_karla import CODES_PER_BYTE
 from karla_hf.report import new_console, new_table, write_json
+from karla_hf.runs import SUMMARY, PhaseName, keep_recipe, last_checkpoint
 from karla_hf.trainer import KarlaSFTTrainer
 
 
@@ -36,7 +36,14 @@ logger = logging.get_logger(__name__)
 CHANGEABLE_OPTIONS = ("ctm_num_ticks", "certainty_threshold", "certainty_candidates", "tick_loss", "ponder_cost")
 
 
-def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: type[KarlaArguments] = KarlaArguments,
+    prepare: Callable[[KarlaSFTTrainer, Recipe], Any] | None = None,
+    extend: Callable[[KarlaSFTTrainer, Recipe, Dataset], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Train what a recipe says, save it, and compare it with its bare backbone on the held-out rows.
 
     Writes to `output_dir`: the Karla, packed unless `save_packed` is false, its tokenizer, TRL's checkpoints (of the head
@@ -46,6 +53,10 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         path: the recipe; see `parse_recipe`. `resume_from_checkpoint` is a checkpoint's folder, or true for the last
             one in `output_dir`.
         overrides: `["--key", "value", ...]`, which go before the recipe's.
+        kind: dataclass of the recipe's own keys.
+        prepare: called with the trainer and the recipe before the training.
+        extend: called with them and the held-out rows when the Karla is saved and measured; what it returns goes into the
+            summary.
 
     Returns:
         The summary: losses in nats per held-out token, tokens, steps, seconds of training. Of several processes, only
@@ -55,20 +66,50 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         FileNotFoundError, ValueError: for a recipe, a data set, or a checkpoint that cannot be used.
         OSError: if the model is found nowhere, or the results cannot be written.
     """
-    recipe = parse_recipe(path, overrides)
+    recipe = parse_recipe(path, overrides, kind)
     arguments, training = recipe.arguments, recipe.training
     resume = resume_folder(training)
-    corpus = load_corpus(
+    corpus = load_texts(arguments)
+    set_seed(training.seed)  # a fresh head is drawn here
+    model, tokenizer = load_model(arguments, recipe.model_options)
+    if arguments.save_packed:
+        check_packable(model)
+    if training.process_index == 0:
+        keep_recipe(read_recipe(path, overrides), str(training.output_dir))
+    trainer = make_trainer(recipe, model, tokenizer, corpus)
+    held_out = cast("Dataset", trainer.eval_dataset)
+    trainer.add_callback(PhaseName(trainer, arguments.phase))
+    if prepare is not None:
+        prepare(trainer, recipe)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - start
+    summary: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        summary = _finish(trainer, tokenizer, recipe, path, held_out, seconds)
+        summary |= extend(trainer, recipe, held_out) if extend is not None else {}
+        write_json(Path(str(training.output_dir), SUMMARY), summary)  # last: by it a run is known to be finished
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
+    return summary
+
+
+def load_texts(arguments: KarlaArguments) -> Corpus:
+    """The rows that a recipe names."""
+    return load_corpus(
         arguments.dataset_name,
         files=arguments.dataset_files,
         config=arguments.dataset_config,
         split=arguments.dataset_split,
         held_out_share=arguments.held_out_share,
     )
-    set_seed(training.seed)  # a fresh head is drawn here
-    model, tokenizer = load_model(arguments, recipe.model_options)
-    if arguments.save_packed:
-        check_packable(model)
+
+
+def make_trainer(
+    recipe: Recipe, model: KarlaForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+) -> KarlaSFTTrainer:
+    """The trainer of a recipe, whose `eval_dataset` is the held-out rows that are measured."""
+    arguments, training = recipe.arguments, recipe.training
     trainer = KarlaSFTTrainer(
         model=model,
         args=training,
@@ -83,14 +124,13 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         ternary_decay_share=arguments.ternary_decay_share,
         ternary_warmup=arguments.ternary_warmup,
         muon_learning_rate=arguments.muon_learning_rate,
+        m3=arguments.m3,
+        update_periods=arguments.update_periods,
     )
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
-    seconds = time.perf_counter() - start
-    summary = _finish(trainer, tokenizer, recipe, path, seconds) if trainer.is_world_process_zero() else {}
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-    return summary
+    if arguments.held_out_limit is not None:
+        rows = cast("Dataset", trainer.eval_dataset)
+        trainer.eval_dataset = rows.select(range(min(arguments.held_out_limit, len(rows))))
+    return trainer
 
 
 def load_model(arguments: ModelArguments, options: dict[str, Any]) -> tuple[KarlaForCausalLM, PreTrainedTokenizerBase]:
@@ -187,14 +227,19 @@ def held_out_losses(
 
 
 def _finish(
-    trainer: KarlaSFTTrainer, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, path: str | Path, seconds: float
+    trainer: KarlaSFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    path: str | Path,
+    rows: Dataset,
+    seconds: float,
 ) -> dict[str, Any]:
-    """Save the model, measure it, and write and print the summary."""
+    """Save the model and the log, measure it, and print the summary."""
     model, output = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
     model.pack(recipe.arguments.save_packed)  # the outputs stay bit for bit what they are
     model.save_pretrained(output)  # not trainer.save_model, which would add a pickle of the arguments
     tokenizer.save_pretrained(output)
-    rows = cast("Dataset", trainer.eval_dataset)
+    trainer.save_state()
     backbone_loss, karla_loss, tokens = held_out_losses(
         model, rows, trainer.plain_collator, trainer.args.per_device_eval_batch_size
     )
@@ -214,7 +259,6 @@ def _finish(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
         "versions": {name: version(name) for name in ("karla-hf", "torch", "transformers", "trl")},
     }
-    write_json(output / "summary.json", summary)
     new_console().print(_table(summary))
     return summary
 
@@ -234,10 +278,10 @@ def resume_folder(training: TrainingArguments) -> str | None:
     if resume is None or resume.lower() == "false":
         return None
     if resume.lower() == "true":
-        last = get_last_checkpoint(output) if os.path.isdir(output) else None
+        last = last_checkpoint(output)
         if last is None:
             raise ValueError(f"{output} holds no checkpoint to resume from; remove `resume_from_checkpoint`.")
-        return last
+        return str(last)
     if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
         raise ValueError(f"{resume} is no checkpoint of a training run; give a folder `checkpoint-…` of one, or true.")
     return resume
