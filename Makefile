@@ -16,8 +16,8 @@ demo: .venv/.ready  ## read a document into the memory and ask about it, on the 
 test: .venv/.ready  ## tests and doctests
 	$(BIN)/python -m pytest
 
-test-all: .venv/.ready  ## the same with the slow tests, and the gpu tests where there is one
-	$(BIN)/python -m pytest -m "not bench"
+test-all: .venv/.ready  ## the same with the slow tests, other fuzzed files, and the gpu tests where there is one
+	$(BIN)/python -m pytest -m "not bench" --hypothesis-profile=explore
 
 check: .venv/.ready  ## ruff, mypy, import-linter; changes nothing
 	$(BIN)/ruff check

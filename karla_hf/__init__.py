@@ -4,12 +4,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from karla_hf import kernel
 from karla_hf.backbones import load_backbone, load_tokenizer
+from karla_hf.card import render_card
 from karla_hf.modeling.configuration_ctm import CtmConfig
 from karla_hf.modeling.configuration_hope import HopeConfig
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.modeling_ctm import CtmModel
 from karla_hf.modeling.modeling_hope import HopeForCausalLM, HopeModel
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM, KarlaModel
+from karla_hf.modeling.pretrained_karla import KarlaPreTrainedModel
 from karla_hf.modeling.reading_karla import ReadReport
 
 
@@ -38,3 +40,4 @@ AutoConfig.register("hope", HopeConfig, exist_ok=True)
 AutoModel.register(HopeConfig, HopeModel, exist_ok=True)
 AutoModelForCausalLM.register(HopeConfig, HopeForCausalLM, exist_ok=True)
 kernel.register()
+KarlaPreTrainedModel.make_card = staticmethod(render_card)

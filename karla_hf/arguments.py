@@ -22,14 +22,35 @@ MODEL_OPTIONS = tuple(
 
 
 @dataclass
-class KarlaArguments:
-    """The model and the texts of a recipe. Everything about the training itself is a key of TRL's `SFTConfig`.
+class ModelArguments:
+    """The model of a recipe.
 
     Attributes:
+        phase: by which it is known what the recipe trains; see `karla_hf.phases`.
         model_name_or_path: a backbone, which gets a fresh memory and head, or a Karla, whose head is trained further.
         model_revision: its revision on the Hub.
         backbone_quantization: "nf4", "int8" or arguments of `BitsAndBytesConfig` for a fresh Karla's backbone.
         backbone_dtype: dtype of the backbone's weights, such as "bfloat16"; None keeps the checkpoint's.
+        save_packed: whether the result holds ternary weights with 2 bits each. Checkpoints always hold floats.
+    """
+
+    phase: str = field(default="warm-up", metadata={"help": "What the recipe trains."})
+    model_name_or_path: str = field(default="", metadata={"help": "A backbone or a Karla."})
+    model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
+    backbone_quantization: dict | str | None = field(default=None, metadata={"help": "nf4, int8 or a mapping."})
+    backbone_dtype: str | None = field(default=None, metadata={"help": "dtype of the backbone's weights."})
+    save_packed: bool = field(default=True, metadata={"help": "Save the result's ternary weights in 2 bits each."})
+
+    def __post_init__(self):
+        if not self.model_name_or_path:
+            raise ValueError("`model_name_or_path` is missing; give a backbone's name or the folder of a Karla.")
+
+
+@dataclass
+class KarlaArguments(ModelArguments):
+    """The model and the texts of a recipe. Everything about the training itself is a key of TRL's `SFTConfig`.
+
+    Attributes:
         dataset_name: "python-reference" (the Python language reference, there without a network) or a Hub data set.
         dataset_config: its configuration on the Hub.
         dataset_split: its split on the Hub.
@@ -45,13 +66,8 @@ class KarlaArguments:
         ternary_decay_share: share of the training, from 0 to 1, after which that of ternary weights is 0.
         ternary_warmup: share of the training, from 0 to 1, over which weights go from float to ternary.
         muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as the others, with `optim`.
-        save_packed: whether the result holds ternary weights with 2 bits each. Checkpoints always hold floats.
     """
 
-    model_name_or_path: str = field(default="", metadata={"help": "A backbone or a Karla."})
-    model_revision: str | None = field(default=None, metadata={"help": "Its revision on the Hub."})
-    backbone_quantization: dict | str | None = field(default=None, metadata={"help": "nf4, int8 or a mapping."})
-    backbone_dtype: str | None = field(default=None, metadata={"help": "dtype of the backbone's weights."})
     dataset_name: str | None = field(default=None, metadata={"help": "python-reference or a Hub data set."})
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Its split on the Hub."})
@@ -64,11 +80,9 @@ class KarlaArguments:
     ternary_decay_share: float = field(default=1.0, metadata={"help": "Share of the training in which they decay."})
     ternary_warmup: float = field(default=0.0, metadata={"help": "Share of the training from float to ternary."})
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's, for the ternary weights."})
-    save_packed: bool = field(default=True, metadata={"help": "Save the result's ternary weights in 2 bits each."})
 
     def __post_init__(self):
-        if not self.model_name_or_path:
-            raise ValueError("`model_name_or_path` is missing; give a backbone's name or the folder of a Karla.")
+        super().__post_init__()
         if (self.dataset_name is None) == (self.dataset_files is None):
             raise ValueError("Of `dataset_name` and `dataset_files` exactly one must be given; set one of them.")
         if not 0 < self.held_out_share < 1:
@@ -85,6 +99,10 @@ class KarlaArguments:
             raise ValueError(
                 f"`muon_learning_rate` is {self.muon_learning_rate}; give a number above 0, such as 0.02."
             )
+
+
+# What argparse, and the checks of `TrainingArguments` and `SFTConfig`, raise for values of the wrong kind.
+_WRONG_VALUES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError)
 
 
 class Recipe(NamedTuple):
@@ -122,29 +140,74 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe.training.learning_rate, recipe.model_options
         (0.001, {'ctm_num_ticks': 4})
     """
-    values = {**_read_mapping(path), **_read_overrides(overrides)}
-    known = {
-        *MODEL_OPTIONS,
-        *(item.name for kind in (KarlaArguments, SFTConfig) for item in fields(kind) if item.init),
-    }
+    return Recipe(*parse_values(path, read_recipe(path, overrides), KarlaArguments, SFTConfig))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a recipe and their values as they stand there; see `parse_recipe`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is no YAML mapping, or damaged overrides.
+    """
+    return {**_read_mapping(path), **_read_overrides(overrides)}
+
+
+def parse_values(
+    path: str | Path, values: dict[str, Any], own: type, training: type
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Check the keys and values of a recipe that trains a Karla, and sort them.
+
+    Args:
+        path: of the recipe, for messages.
+        values: of `read_recipe`.
+        own: `KarlaArguments` or another dataclass of arguments.
+        training: a configuration of TRL.
+
+    Returns:
+        An `own`, a `training`, and the fields of `KarlaConfig`.
+
+    Raises:
+        ValueError: for an unknown key, or for a value of the wrong kind.
+    """
+    options = {key: values[key] for key in MODEL_OPTIONS if key in values}
+    rest = {key: value for key, value in values.items() if key not in options}
+    arguments, configuration = fill(path, rest, [own, training], MODEL_OPTIONS)
+    return arguments, configuration, options
+
+
+def fill(path: str | Path, values: dict[str, Any], kinds: Sequence[type], others: Sequence[str] = ()) -> tuple:
+    """Make dataclasses of a recipe's values, which argparse converts and checks.
+
+    Args:
+        path: of the recipe, for messages.
+        values: by key, as YAML gives them.
+        kinds: dataclasses; each key is a field of one of them.
+        others: keys that were known too, for the hint at a key that is not.
+
+    Returns:
+        One object of each kind.
+
+    Raises:
+        ValueError: for an unknown key, or for a value of the wrong kind.
+    """
+    known = {*others, *(item.name for kind in kinds for item in fields(kind) if item.init)}
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else "remove it."
-            raise ValueError(
-                f"{path}: `{key}` is no key of a recipe, which are those of KarlaArguments, trl.SFTConfig and the model "
-                f"options of KarlaConfig; {hint}"
+            owners = ", ".join(kind.__name__ for kind in kinds) + (
+                " and the model options of KarlaConfig" if others else ""
             )
-    options = {key: values.pop(key) for key in MODEL_OPTIONS if key in values}
-    parser = _RecipeParser([KarlaArguments, SFTConfig])  # type: ignore[list-item]  # a NewType there
+            raise ValueError(f"{path}: `{key}` is no key of a recipe, which are those of {owners}; {hint}")
+    parser = _RecipeParser(list(kinds))  # type: ignore[arg-type]
     # argparse converts and checks defaults that are strings, and takes everything else as it is.
-    parser.set_defaults_with_config(**{key: _as_argument(value) for key, value in values.items()})
     try:
-        arguments, training = parser.parse_args_into_dataclasses(args=[], look_for_args_file=False)
-    except ValueError as error:
-        reason = " ".join(str(error).split()).removesuffix(".")
+        parser.set_defaults_with_config(**{key: _as_argument(value) for key, value in values.items()})
+        return tuple(parser.parse_args_into_dataclasses(args=[], look_for_args_file=False))
+    except _WRONG_VALUES as error:
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
         raise ValueError(f"{path}: {reason}.") from error
-    return Recipe(arguments, training, options)
 
 
 class _RecipeParser(TrlParser):
@@ -163,6 +226,9 @@ def _read_mapping(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds a {type(values).__name__}, but a recipe is a mapping; write `key: value` lines."
         )
+    odd = [type(key).__name__ for key in values if not isinstance(key, str)]
+    if odd:
+        raise ValueError(f"{path} has a key that is a {odd[0]}, but keys are words; write `key: value` lines.")
     return values
 
 
@@ -182,7 +248,19 @@ def _read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse_yaml(text: str, place: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return _PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{place} is not YAML ({reason}); correct it there.") from None
+    except RecursionError:
+        reason = "it is nested too deeply"
+    raise ValueError(f"{place} is not YAML ({reason}); correct it there.")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases, of which a few lines can stand for more values than there is memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "a recipe takes no aliases; write the value out", mark)
+        return super().compose_node(parent, index)

@@ -1,20 +1,22 @@
 """A conversation with a Karla: answers come piece by piece, and files can be read in between."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from karla_hf.checkpoints import load_memory
-from karla_hf.documents import read_text
+from karla_hf.documents import find_texts
 from karla_hf.modeling.generating_karla import recorded_thoughts
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.reading_karla import ReadReport
+from karla_hf.surprise import Surprise, first_states, measure_surprise
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Answer:
         seconds: wall time.
         ticks_used: ticks of every token.
         stopped: whether Ctrl-C ended it.
+        surprise: how surprising the line was that it answers; None if no token of it can be told from the template.
     """
 
     text: str
@@ -38,6 +41,15 @@ class Answer:
     seconds: float
     ticks_used: tuple[int, ...]
     stopped: bool
+    surprise: Surprise | None = None
+
+
+class _Prompt(NamedTuple):
+    """Tokens of a conversation, and which of them are the last message."""
+
+    ids: list[int]
+    start: int
+    end: int
 
 
 class ChatSession:
@@ -68,6 +80,17 @@ class ChatSession:
         self.messages: list[dict[str, str]] = []
         self.ticks: int | None = None
         self.threshold: float | None = None
+        self._memory_is_whole = True
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the model has packs to read into."""
+        return hasattr(self.model, "packs")
+
+    @property
+    def has_ticks(self) -> bool:
+        """Whether the model thinks in ticks."""
+        return hasattr(self.model.config, "ctm_num_ticks")
 
     def answer(self, line: str, on_text: Callable[[str], None]) -> Answer:
         """Answer a line; Ctrl-C ends the answer early and the session goes on.
@@ -79,18 +102,20 @@ class ChatSession:
         Raises:
             ValueError: if the line alone is longer than the model's context; nothing is remembered of it then.
         """
+        self._mend_memory()
         prompt = self._prompt([*self.messages, {"role": "user", "content": line}])
+        ids = torch.tensor([prompt.ids], device=self.model.device)
         chosen = {"max_ticks": self.ticks, "certainty_threshold": self.threshold}
         options = {key: value for key, value in chosen.items() if value is not None}
         ends = {self.tokenizer.eos_token_id, *_as_list(self.model.generation_config.eos_token_id)} - {None}
         streamer = _PieceStreamer(self.tokenizer, on_text)
-        started, stopped = time.perf_counter(), False
+        started, stopped, surprise = time.perf_counter(), False, None
         generate: Callable[..., Any] = self.model.generate
-        with recorded_thoughts(self.model) as records:
+        with recorded_thoughts(self.model) as records, first_states(self.model) as states:
             try:
                 generate(
-                    input_ids=torch.tensor([prompt], device=self.model.device),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=self.model.device),
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
                     max_new_tokens=self.max_new_tokens,
                     num_beams=1,
                     eos_token_id=sorted(ends) or None,
@@ -101,37 +126,65 @@ class ChatSession:
             except KeyboardInterrupt:
                 stopped = True
         streamer.end()
+        seconds = time.perf_counter() - started
         self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": streamer.text}]
+        with suppress(KeyboardInterrupt):  # the answer stands
+            if states:
+                surprise = measure_surprise(self.model, ids, prompt.start, prompt.end, states[0], **options)
         thoughts = [(int(used[0, -1]), float(sure[0, -1])) for used, sure in records[: len(streamer.ids)]]
         ticks, certainty = torch.tensor(thoughts or [(0.0, 0.0)], dtype=torch.float64).mean(0).tolist()
-        seconds, used = time.perf_counter() - started, tuple(used for used, _ in thoughts)
-        return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, used, stopped)
+        used = tuple(used for used, _ in thoughts)
+        return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, used, stopped, surprise)
 
     def read(self, path: str | Path) -> ReadReport:
-        """Read a file into the pack "default" and save the memory; Ctrl-C, or a failure to save, leaves it as it was.
+        """Read a file, or the texts of a folder as `find_texts` finds them, into the pack "default"; see `read_texts`.
 
         Raises:
-            OSError: if the file cannot be read, or the memory not saved.
-            ValueError: if the file is blank or not UTF-8.
+            OSError: if the file or folder cannot be read, or the memory not saved.
+            ValueError: if the file is blank or not UTF-8, or the folder holds no text or too much.
         """
-        text = read_text(path)
-        try:
-            report = self.model.read(text, self.tokenizer, title=Path(path).name)
+        return self.read_texts(find_texts(path).texts)
+
+    def read_texts(self, texts: Mapping[str, str]) -> ReadReport:
+        """Read texts by their titles into the pack "default" and save the memory.
+
+        Ctrl-C, or a failure, leaves the memory as it was, in RAM and on disk.
+
+        Raises:
+            OSError: if the memory cannot be saved.
+            ValueError: if there is no text, or one has fewer than two tokens.
+        """
+        with self._changing_memory():
+            report = self.model.read(list(texts.values()), self.tokenizer, title=list(texts))
             self.model.save_memory(self.directory)
-        except (KeyboardInterrupt, OSError):
-            self.model.set_engram(*load_memory(self.directory))
-            raise
         return report
 
     def forget(self, pack: str) -> None:
-        """Remove a pack and save the memory.
+        """Remove a pack and save the memory; a failure leaves it as it was.
 
         Raises:
             KeyError: if there is no such pack.
             OSError: if the memory cannot be saved.
         """
-        self.model.forget(pack)
-        self.model.save_memory(self.directory)
+        with self._changing_memory():
+            self.model.forget(pack)
+            self.model.save_memory(self.directory)
+
+    @contextmanager
+    def _changing_memory(self) -> Iterator[None]:
+        """Whatever ends the work inside, even twice Ctrl-C, the memory in RAM is that on disk before it is used again."""
+        self._mend_memory()
+        self._memory_is_whole = False
+        try:
+            yield
+            self._memory_is_whole = True
+        finally:
+            self._mend_memory()
+
+    def _mend_memory(self) -> None:
+        if not self._memory_is_whole:
+            self.model.set_engram(*load_memory(self.directory))
+            self._memory_is_whole = True
 
     def set_ticks(self, text: str) -> int:
         """Set the ticks per token from what a user typed; an empty text changes nothing. Returns the number in force.
@@ -164,28 +217,35 @@ class ChatSession:
             self.threshold = threshold
         return self.model.config.certainty_threshold if self.threshold is None else self.threshold
 
-    def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
+    def _prompt(self, messages: list[dict[str, str]]) -> _Prompt:
         """Tokens of the conversation, without its oldest messages if it is longer than the context."""
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         room = None if limit is None else limit - self.max_new_tokens
         while True:
-            ids = self._tokens(messages)
-            if room is None or len(ids) <= room:
-                return ids
+            prompt = self._tokens(messages)
+            if room is None or len(prompt.ids) <= room:
+                return prompt
             if len(messages) == 1:
                 raise ValueError(
-                    f"The message has {len(ids):,} tokens, but the context has room for {max(room, 0):,} beside an answer "
-                    f"of {self.max_new_tokens:,}; write a shorter one, or read a file with /read."
+                    f"The message has {len(prompt.ids):,} tokens, but the context has room for {max(room, 0):,} beside an "
+                    f"answer of {self.max_new_tokens:,}; write a shorter one, or read a file with /read."
                 )
             messages = messages[2:]
 
-    def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
+    def _tokens(self, messages: list[dict[str, str]]) -> _Prompt:
         if self.tokenizer.chat_template is not None:
             text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         else:
             ends = {"user": "", "assistant": "\n"}
             text = "".join(message["content"] + ends[message["role"]] for message in messages)
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        fast, last = self.tokenizer.is_fast, messages[-1]["content"].strip()
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        first = text.rfind(last)
+        if not fast or first < 0:
+            return _Prompt(encoded["input_ids"], 0, 0)
+        inside = [begin < first + len(last) and end > first for begin, end in encoded["offset_mapping"]]
+        start = inside.index(True) if True in inside else 0
+        return _Prompt(encoded["input_ids"], start, start + sum(inside))
 
 
 class _PieceStreamer(BaseStreamer):

@@ -8,16 +8,33 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import type_validator
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from karla_hf.backbones import load_tokenizer
+from karla_hf.errors import as_sentence
 from karla_hf.modeling.configuration_karla import KarlaConfig, check_config_keys
 from karla_hf.modeling.engram_karla import Engram
 from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.memory_karla import tokenizer_hash
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.packs_karla import FOLDER, load_engram
+from karla_hf.modeling.public_karla import weight_files
+
+
+# What transformers raises on the way through a configuration with values of the wrong kind.
+_BROKEN_CONFIG = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    StrictDataclassError,
+)
 
 
 def create_checkpoint(
@@ -58,7 +75,7 @@ def create_checkpoint(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
         fresh = Path(staging) / "fresh"
         model.save_pretrained(fresh)
-        _save_tokenizer(tokenizer, fresh)
+        save_tokenizer(tokenizer, fresh)
         with writing(target) if force and target.exists() and any(target.iterdir()) else nullcontext():
             _move_into_place(fresh, target, Path(staging))
     return model
@@ -96,7 +113,7 @@ def load_checkpoint(directory: str | Path) -> tuple[KarlaForCausalLM, PreTrained
         OSError: if this is no Karla, a file is missing or damaged, or the backbone is found nowhere.
         ValueError: if memory, tokenizer and backbone do not fit each other.
     """
-    check_checkpoint(directory)
+    load_config(directory)
     tokenizer = load_tokenizer(str(directory))
     model = KarlaForCausalLM.from_pretrained(str(directory)).eval()
     if model.tokenizer_sha256 is not None and tokenizer_hash(tokenizer) != model.tokenizer_sha256:
@@ -105,6 +122,61 @@ def load_checkpoint(directory: str | Path) -> tuple[KarlaForCausalLM, PreTrained
             "backbone's tokenizer there again."
         )
     return model, tokenizer
+
+
+def load_config(directory: str | Path) -> KarlaConfig:
+    """Load the configuration of a Karla.
+
+    Raises:
+        OSError: if this is no Karla, or its configuration is damaged.
+        StrictDataclassClassValidationError: if a value is out of range.
+    """
+    check_checkpoint(directory)
+    try:
+        config: Any = KarlaConfig.from_pretrained(str(directory))
+        sizes = config.text_config.hidden_size, config.text_config.vocab_size
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise TypeError(f"its backbone has hidden_size {sizes[0]!r} and vocab_size {sizes[1]!r}")
+        return config
+    except _BROKEN_CONFIG as error:
+        if as_sentence(error) is not None:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{directory}/config.json is no configuration of a Karla ({reason}); restore it from a good copy."
+        ) from error
+
+
+def load_without_backbone(directory: str | Path) -> KarlaForCausalLM:
+    """Load memory and head of a Karla alone: what can be saved again, but not run.
+
+    Raises:
+        OSError: if this is no Karla, or a file is missing or damaged.
+        ValueError: if the memory does not fit the configuration.
+    """
+    model = KarlaForCausalLM(load_config(directory), init_backbone=False)
+    own = dict(_weights(Path(directory), model.own_prefixes))
+    missing = [name for name in model.load_state_dict(own, strict=False, assign=True).missing_keys if name not in own]
+    if missing:
+        raise OSError(f"{directory} lacks {len(missing)} weights, such as {missing[0]}; restore it from a good copy.")
+    model.set_engram(*load_memory(directory))
+    if Path(directory, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))
+    return model
+
+
+def _weights(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint that begin with one of the prefixes."""
+    for file in sorted(weight_files(directory)):
+        if not file.endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(directory / file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                    if name.startswith(prefixes):
+                        yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise OSError(f"{directory / file} is damaged ({error}); restore it from a good copy.") from error
 
 
 def load_memory(directory: str | Path) -> tuple[Engram, str | None]:
@@ -117,8 +189,7 @@ def load_memory(directory: str | Path) -> tuple[Engram, str | None]:
         OSError: if this is no Karla, or a file of its memory is missing or damaged.
         ValueError: if the memory does not fit the configuration.
     """
-    check_checkpoint(directory)
-    config: Any = KarlaConfig.from_pretrained(str(directory)).text_config
+    config: Any = load_config(directory).text_config
 
     def find(name: str) -> str | None:
         path = Path(directory, name)
@@ -170,7 +241,7 @@ def check_checkpoint(directory: str | Path) -> None:
         raise OSError(f"{directory} is {where}; give a folder that `karla new` or `save_pretrained` made.")
     try:
         model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is no JSON object ({error}); restore it from a good copy.") from error
     if model_type != "karla":
         raise OSError(
@@ -193,9 +264,19 @@ def _check_target(target: Path, force: bool) -> None:
         raise OSError(f"{target} already holds a Karla; give a new folder, or --force to replace it and its memory.")
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer, without a note of how it was loaded.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = directory / "tokenizer_config.json"
     try:
         tokenizer.save_pretrained(directory)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("is_local", "local_files_only", "name_or_path"):
+            config.pop(key, None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     except Exception as error:
         if type(error) is not Exception:  # the tokenizers library has no class of its own for a failed write
             raise

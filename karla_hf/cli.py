@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 
 from karla_hf.errors import as_sentence
 from karla_hf.eval_cli import evaluate
+from karla_hf.hub_cli import card, pull, push
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
+from karla_hf.pope_cli import pope
 
 
 class SentenceGroup(TyperGroup):
@@ -55,7 +57,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-MAKE, MEMORY, MEASURE, TRAIN = "Make and look", "Memory", "Measure", "Train"
+MAKE, MEMORY, HUB, MEASURE, TRAIN = "Make and look", "Memory", "Hub", "Measure", "Train"
 
 
 @app.callback()
@@ -125,11 +127,37 @@ def chat(
     """Talk to a Karla; /help in the session lists what else it does.
 
     Uses the tokenizer's chat template, or continues the text if there is none.
-    What /read and /forget do to the memory is saved at once.
+    What /read and /forget do to the memory is saved at once. Lines typed at
+    a terminal are kept for the arrow keys; /history says where.
     """
     from karla_hf import commands
 
     commands.chat(directory, max_new_tokens)
+
+
+@app.command(rich_help_panel=MAKE)
+def serve(
+    directory: Checkpoint,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    ticks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most ticks per token.", show_default=False)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", min=0.0, max=1.0, help="Certainty at which a token is answered.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Answer OpenAI-compatible requests (the server of `transformers serve`), with the memory on.
+
+    Clients call the model by the folder's name. Requests are answered in turn, and
+    nothing is written. Needs `pip install 'karla-hf[serve]'`.
+    """
+    from karla_hf.serve import run_server
+
+    run_server(directory, host=host, port=port, ticks=ticks, threshold=threshold)
 
 
 @app.command(rich_help_panel=MEMORY)
@@ -193,6 +221,8 @@ def packs(directory: Checkpoint, json_file: JsonFile = None) -> None:
 
 
 app.add_typer(pack_app, name="pack", rich_help_panel=MEMORY)
+for hub_command in (push, pull, card):
+    app.command(rich_help_panel=HUB)(hub_command)
 app.add_typer(evaluate, name="eval", rich_help_panel=MEASURE)
 
 
@@ -233,14 +263,19 @@ def train(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Train the head with TRL as a recipe says, and compare the loss on held-out rows with the backbone's.
+    """Train as a recipe says: the head with TRL, and compare its loss on held-out rows with the backbone's.
 
-    Options after the recipe replace its keys, such as --max_steps 20.
+    The recipe's `phase` says what: the head on texts (warm-up, the default),
+    on problems (pope), or an experiment such as modular-addition. Options after
+    the recipe replace its keys, such as --max_steps 20.
     """
+    from karla_hf.phases import run
     from karla_hf.report import write_json
-    from karla_hf.training import run_recipe
 
-    write_json(json_file, run_recipe(recipe, overrides or []))
+    write_json(json_file, run(recipe, overrides or []))
+
+
+app.add_typer(pope, name="pope", rich_help_panel=TRAIN)
 
 
 def _parse_settings(settings: list[str]) -> dict[str, Any]:

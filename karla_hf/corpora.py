@@ -121,6 +121,8 @@ def _parse_row(line: str, place: str) -> dict:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON ({error.msg} at column {error.colno}); correct the line.") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{place} is JSON with too many digits or brackets; correct the line.") from None
     keys = set(row) if isinstance(row, dict) else set()
     kinds = [kind for kind in ROW_KINDS if kind <= keys and all(row[key] for key in kind)]
     if len(kinds) != 1:

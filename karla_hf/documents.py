@@ -6,10 +6,29 @@ no subject with either, so it shows what a memory of other things does to text i
 """
 
 import ast
+import os
 from importlib.metadata import PackageNotFoundError, metadata
 from importlib.metadata import files as distribution_files
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
+
+
+MOST_FILES = 1000  # of a folder
+MOST_BYTES = 32 << 20  # of the texts of a folder
+MOST_FILE_BYTES = 4 << 20  # of a file in a folder
+
+
+class FoundTexts(NamedTuple):
+    """Texts to read.
+
+    Attributes:
+        texts: texts by title, in the order of reading.
+        skipped: what was left out, and why, in words that follow its name.
+    """
+
+    texts: dict[str, str]
+    skipped: dict[str, str]
 
 
 def read_text(path: str | Path) -> str:
@@ -51,6 +70,84 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path} holds no text; give a UTF-8 file with at least one word.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def find_texts(path: str | Path) -> FoundTexts:
+    """Read a text file, or all UTF-8 text files in a folder and the folders in it, sorted by path.
+
+    Of a folder, hidden files and folders, links, files that are no text, of one word, or of more than `MOST_FILE_BYTES`
+    are skipped; titles begin with its name. A file is titled by its name, and skipped is nothing.
+
+    Raises:
+        OSError: if there is no such file or folder, or it cannot be read.
+        ValueError: if the file is blank or not UTF-8; if the folder holds no text, more than `MOST_FILES` files, or more
+            than `MOST_BYTES` of text.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "b.txt").write_text("The second.")
+        ...     _ = Path(folder, "a.md").write_text("The first.")
+        ...     _ = Path(folder, "c.bin").write_bytes(b"\\xff")
+        ...     found = find_texts(folder)
+        >>> list(found.texts.values()), list(found.skipped.values())
+        (['The first.', 'The second.'], ['is not UTF-8 text'])
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return FoundTexts({path.name: read_text(path)}, {})
+    found, size = FoundTexts({}, {}), 0
+    for file in _files_in(path, found.skipped):
+        title = (Path(path.resolve().name) / file.relative_to(path)).as_posix()
+        try:
+            text = read_text(file)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{file} ")
+            found.skipped[str(file.relative_to(path))] = str(reason).partition(";")[0].partition(":")[0]
+            continue
+        if len(text.split()) < 2:
+            found.skipped[str(file.relative_to(path))] = "has fewer than two words"
+            continue
+        found.texts[title] = text
+        size += len(text.encode())
+        if size > MOST_BYTES:
+            raise ValueError(
+                f"{path} holds more than {MOST_BYTES >> 20} MB of text; read the folders in it one after the other."
+            )
+    if not found.texts:
+        raise ValueError(f"{path} holds no text file; give a folder with UTF-8 text files.")
+    return found
+
+
+def _files_in(folder: Path, skipped: dict[str, str]) -> list[Path]:
+    """Files that may hold a text, in order; the others go to `skipped` by their path in the folder, with the reason."""
+    files: list[Path] = []
+
+    def is_wanted(path: Path) -> bool:
+        reason = None
+        if path.name.startswith("."):
+            reason = "is hidden"
+        elif path.is_symlink():
+            reason = "is a link"
+        elif not path.is_dir() and not path.is_file():
+            reason = "is no file"
+        elif path.is_file() and path.stat().st_size > MOST_FILE_BYTES:
+            reason = f"has more than {MOST_FILE_BYTES >> 20} MB"
+        if reason is not None:
+            skipped[str(path.relative_to(folder))] = reason
+        return reason is None
+
+    def refuse(error: OSError) -> None:
+        skipped[str(Path(error.filename).relative_to(folder))] = f"cannot be opened ({error.strerror})"
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if is_wanted(Path(root, name))]
+        files += [Path(root, name) for name in names if is_wanted(Path(root, name))]
+        if len(files) > MOST_FILES:
+            raise ValueError(
+                f"{folder} holds more than {MOST_FILES:,} files; read the folders in it one after the other."
+            )
+    return sorted(files, key=lambda file: file.relative_to(folder).parts)
 
 
 def package_description(name: str) -> str:

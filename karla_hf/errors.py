@@ -1,6 +1,6 @@
 """Tells errors that a user can mend from bugs: the first are shown as one sentence, the second as a traceback."""
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 
 
 def as_sentence(error: BaseException) -> str | None:
@@ -9,7 +9,7 @@ def as_sentence(error: BaseException) -> str | None:
     An OSError is about files or the network, wherever it is raised. A ValueError, KeyError or ImportError counts if this
     package raised it on purpose, that is in one of its own modules; the messages of its ValueErrors and KeyErrors are
     whole sentences, which what Python says of a failed `int(...)` or a missing key is not. What a configuration's check
-    raised is taken out of the error that transformers wraps around it.
+    raised is taken out of the error that transformers wraps around it. Of an answer of the Hub, code and path are shown.
 
     Args:
         error: as caught, with its traceback.
@@ -22,6 +22,11 @@ def as_sentence(error: BaseException) -> str | None:
     """
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         return as_sentence(error.__cause__)
+    if isinstance(error, HfHubHTTPError):
+        what = f"HTTP {error.response.status_code} for {error.response.url.path}"
+        return f"The Hub answers {what}; check the name, and that your token may do this."
+    if isinstance(error, HFValidationError):
+        return f"{_one_line(str(error)).rstrip('.')}."
     if isinstance(error, OSError):
         if error.errno is not None and error.filename is not None:
             return f"{error.filename}: {error.strerror}."

@@ -8,7 +8,9 @@ import typer
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 
 
-evaluate = typer.Typer(help="Measure recall, perplexity, or how many ticks are needed.", no_args_is_help=True)
+evaluate = typer.Typer(
+    help="Measure recall, perplexity, reasoning, or how many ticks are needed.", no_args_is_help=True
+)
 
 
 @evaluate.command()
@@ -72,3 +74,29 @@ def ticks(
     from karla_hf import commands
 
     commands.calibrate_ticks(directory, files, max_rise=max_loss_rise, save=save, json_file=json_file)
+
+
+@evaluate.command()
+def reasoning(
+    directory: Checkpoint,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME",
+            help="Task of reasoning-gym; may be repeated.  [default: five short ones]",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(metavar="N", min=2, help="Questions of each task.")] = 50,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the questions.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Ask questions of reasoning-gym, with Karla and with its bare backbone.
+
+    Both get the same prompts, through lm-evaluation-harness: once to answer, once to
+    tell the right answer from others. Needs `pip install 'karla-hf[eval]'`.
+    """
+    from karla_hf.reasoning import measure_reasoning
+
+    measure_reasoning(directory, tasks or (), size=size, seed=seed, json_file=json_file)

@@ -209,6 +209,8 @@ def _parse_fact(line: str, place: str) -> Fact:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON ({error.msg} at column {error.colno}); {cure}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{place} is JSON with too many digits or brackets; {cure}") from None
     if not isinstance(entry, dict):
         raise ValueError(f"{place} is not a JSON object; {cure}")
     entry = {"form": "own", **entry}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import cached_file
 
@@ -210,15 +211,24 @@ def _checkpoint_bytes(directory: Path, prefixes: tuple[str, ...]) -> dict[str, i
     sizes = {"head": 0, "rows": 0, "rest": 0, "memory": 0}
     parts = dict(zip(prefixes, ("head", "rows"), strict=False))
     for path in directory.glob("*.safetensors"):
-        with path.open("rb") as file:  # a safetensors file begins with the length of its JSON header
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
+        for name, entry in _header(path).items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
                 part = next((part for prefix, part in parts.items() if name.startswith(prefix)), "rest")
                 sizes[part] += end - start
     sizes["memory"] = sum(path.stat().st_size for path in (directory / FOLDER).glob("*") if path.is_file())
     return sizes
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, which is read only if it is as long as it says."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except SafetensorError as error:
+        raise OSError(f"{path} is damaged ({error}); restore it from a good copy.") from error
+    with path.open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def _backbone_bytes(config: Any) -> int | None:

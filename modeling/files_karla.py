@@ -173,7 +173,7 @@ def open_tensors(
             .reshape(entry["shape"])
             for name, entry in header.items() if name != "__metadata__"
         }  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise DamagedError(f"it is no safetensors file of a memory: {error}") from error
     return arrays, pages
 
@@ -192,12 +192,17 @@ def advise(pages: mmap.mmap) -> None:
     pages.madvise(mmap.MADV_WILLNEED if fits else mmap.MADV_RANDOM)
 
 
+def machine_bytes() -> int:
+    """RAM of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_bytes() -> int:
     """RAM that can be had without swapping."""
     try:
         return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) << 10  # type: ignore[index]
     except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return machine_bytes() // 2
 
 
 def bring_file(source: Path, folder: Path) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
-from .files_karla import DamagedError, StoredFile
+from .files_karla import DamagedError, StoredFile, machine_bytes
 from .table_karla import BUCKET
 
 
 SCHEMA = 2
 FOLDER = "engram"
 MANIFEST = "manifest.json"
+MOST_LEVELS = 16
+MOST_POSITIONS = 1 << 24  # between two hand-overs to the slowest level
 _PACK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LAYOUT = {"width": int, "chunk_size": int, "update_periods": list, "num_rows": int, "max_rows": int | None}
 _PACK = {"made_with": dict, "sources": list, "tokens": int, "step": int, "rows": int, "levels": list}
@@ -45,7 +48,7 @@ def parse_manifest(path: str | Path, data: bytes) -> dict:
         schema = manifest["schema"]
         if schema == SCHEMA:
             _check(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is no manifest of a memory ({error}); restore the folder from a good copy.") from error
     if schema != SCHEMA:
         raise ValueError(
@@ -78,6 +81,7 @@ def _check(manifest: dict) -> None:
         raise DamagedError("tokenizer_sha256 is no text")
     _check_types({"hidden_size": int, "layout": dict, "made_with": dict, "packs": list}, manifest)
     _check_types(_LAYOUT, manifest["layout"])
+    _check_layout(manifest["hidden_size"], **manifest["layout"])
     stored_file(manifest["constants"])
     names = set()
     for pack in manifest["packs"]:
@@ -98,8 +102,32 @@ def _check(manifest: dict) -> None:
                 _check_types({"num_rows": int, "files": list}, table)
                 if table["num_rows"] < BUCKET or table["num_rows"] % BUCKET:
                     raise DamagedError(f"pack {pack['name']!r} has a table of {table['num_rows']} rows")
+                if not any(stored_file(file).dense for file in table["files"][:1]):  # else its file is as large
+                    _check_room(table["num_rows"], manifest["layout"]["width"])
         for _ in files_of_pack(pack):
             pass
+
+
+def _check_layout(
+    hidden_size: int, width: int, chunk_size: int, update_periods: list, num_rows: int, max_rows: int | None
+) -> None:
+    if not 1 <= width <= hidden_size:
+        raise DamagedError(f"its rows have {width} of {hidden_size} coordinates")
+    if not update_periods or update_periods[0] != 1 or not all(type(period) is int for period in update_periods):
+        raise DamagedError(f"update_periods is {update_periods}")
+    if any(slow < fast or slow % fast for fast, slow in pairwise(update_periods)):
+        raise DamagedError(f"update_periods is {update_periods}")
+    if not chunk_size or chunk_size * update_periods[-1] > MOST_POSITIONS or len(update_periods) > MOST_LEVELS:
+        raise DamagedError(f"{len(update_periods)} levels take over {chunk_size} * {update_periods[-1]} positions")
+    if not num_rows or max_rows == 0:
+        raise DamagedError(f"num_rows is {num_rows} and max_rows {max_rows}")
+    _check_room(num_rows if max_rows is None else min(num_rows, max_rows), width)
+
+
+def _check_room(num_rows: int, width: int) -> None:
+    """Refuse a table that no process on this machine could have written."""
+    if num_rows * (9 + 2 * width) > machine_bytes():
+        raise DamagedError(f"a table of {num_rows} rows is larger than the memory of this machine")
 
 
 def _check_types(expected: dict, found: dict) -> None:

@@ -37,11 +37,12 @@ from .pretrained_karla import (
 from .sentences_karla import sentence_boundaries
 from .states_karla import BackboneStatesMixin
 from .thinking_karla import Plan, Sources, think
+from .unchanged_karla import UnchangedBackboneMixin
 from .vocabulary_karla import compress_vocabulary
 from .words_karla import Lexicon
 
 
-class KarlaModel(BackboneStatesMixin, KarlaPreTrainedModel):
+class KarlaModel(UnchangedBackboneMixin, BackboneStatesMixin, KarlaPreTrainedModel):
     """Backbone, memory and head; returns fused hidden states.
 
     Args:

@@ -12,17 +12,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers.utils import logging
 
+from .constants_karla import read_constants
 from .engram_karla import Engram
 from .files_karla import open_tensors
-from .hashing_karla import NameConstants, NgramFamily
 from .levels_karla import EngramLayout
 from .manifest_karla import FOLDER, MANIFEST, parse_manifest, stored_file
 from .saving_karla import content_hash, damaged_files, save_folder
 from .stored_table_karla import load_table
-from .words_karla import Lexicon
 
 
 logger = logging.get_logger(__name__)
@@ -117,13 +115,10 @@ def _load(path: Path, manifest: dict, find: Callable[[str], str | None]) -> Engr
             f"{path.parent / stored.file} is named by the manifest but missing; restore it from a good copy."
         )
     try:
-        t, _ = open_tensors(Path(place), stored)
-        tensors = {name: torch.from_numpy(t[name].copy()) for name in ("multipliers", "token_map", "boundaries")}
-        constants = NameConstants(**tensors, pad_id=int(t["pad_id"][0]))
-        columns = (t[name].tolist() for name in ("orders", "weights", "sentences"))
-        families = [NgramFamily(order, weight, bool(flag)) for order, weight, flag in zip(*columns, strict=True)]
-        lexicon = Lexicon.from_arrays(t) if "token_texts" in t else None
-    except (ValueError, KeyError) as error:
+        tensors, _ = open_tensors(Path(place), stored)
+        sizes = manifest["hidden_size"], manifest["layout"]["width"]
+        constants, families, lexicon = read_constants(tensors, *sizes)
+    except ValueError as error:
         raise OSError(f"{place} is damaged ({error}); restore it from a good copy.") from error
     layout = {**manifest["layout"], "update_periods": tuple(manifest["layout"]["update_periods"])}
     engram = Engram(constants, families, EngramLayout(hidden_size=manifest["hidden_size"], **layout))

@@ -21,6 +21,7 @@ from .ctm_karla import NeuronModels, Synchronisation
 from .engram_karla import Engram
 from .head_karla import KarlaHead
 from .layer_engram_karla import HashedRows, RowGate
+from .publishing_karla import KarlaPublishingMixin
 
 
 logger = logging.get_logger(__name__)
@@ -73,7 +74,7 @@ class KarlaCausalLMOutput(ModelOutput):
     certainty: torch.FloatTensor | None = None
 
 
-class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
+class KarlaPreTrainedModel(KarlaPublishingMixin, KarlaCheckpointMixin, PreTrainedModel):
     """What the Karla models share: a frozen backbone, initialisation, and access to the output layer."""
 
     config_class = KarlaConfig
@@ -176,6 +177,7 @@ class KarlaPreTrainedModel(KarlaCheckpointMixin, PreTrainedModel):
         self.karla_model.link(backbone.requires_grad_(False).eval(), lm_head.requires_grad_(False).eval())
         self._no_split_modules = sorted(set(causal_lm._no_split_modules or ()))
         self._retie()
+        self.karla_model.remember_backbone()
 
     def _retie(self) -> None:
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)

@@ -221,7 +221,7 @@ def read_texts(
             after.append(result.surprise_after)
             written += int(result.written.sum())
             bar.update(len(targets))
-        bar.update(tokens - bar.n)
+        bar.update(tokens - read)  # bar.n is none where progress bars are off
     pack.tokens += tokens
     rows = pack.count()
     seconds = float(ranks.gather_numbers([time.perf_counter() - started]).max())

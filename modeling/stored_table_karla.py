@@ -10,13 +10,14 @@ import numpy as np
 from .files_karla import Blocks, DamagedError, StoredFile, advise, open_tensors, whole, write_tensors
 from .hashing_karla import NO_NAME
 from .manifest_karla import stored_file
-from .table_karla import EngramTable
+from .table_karla import BUCKET, EngramTable
 
 
 MOST_FILES = 8  # of a table, from where on they are merged
 DENSE_BYTES = 64 << 20  # from here on a table is stored whole,
 DENSE_LOAD = 0.25  # if so many of its rows have names
 BLOCK = 65536  # rows copied at once
+_NOTHING = np.empty(0, np.bool_)
 
 
 def first_to_merge(files: list[StoredFile], fresh: int) -> int:
@@ -87,7 +88,7 @@ def load_table(entry: dict, width: int, find: Callable[[str], str | None], damag
                 advise(pages)
             else:
                 table = EngramTable(entry["num_rows"], width) if table is None else table
-                table.restore(tensors["slots"], tensors["names"], tensors["rows"])
+                table.restore(*_some_rows(tensors, width))
         except FileNotFoundError:
             damaged[stored.file] = "it is missing"
         except (ValueError, KeyError, OSError) as error:
@@ -97,8 +98,19 @@ def load_table(entry: dict, width: int, find: Callable[[str], str | None], damag
     return table
 
 
+def _some_rows(tensors: dict[str, np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slots [N], names [N] and rows [N, width] of a file; DamagedError if they are not that."""
+    slots, names, rows = (tensors.get(name, _NOTHING) for name in ("slots", "names", "rows"))
+    kinds = slots.dtype == names.dtype == np.int64 and rows.dtype == np.float16
+    if not kinds or slots.ndim != 1 or names.shape != slots.shape or rows.shape != (len(slots), width):
+        raise DamagedError("it does not hold a slot and a name for each of its rows")
+    return slots, names, rows
+
+
 def _mapped_table(tensors: dict[str, np.ndarray], stored: StoredFile, num_rows: int, width: int) -> EngramTable:
-    names, rows = tensors["names"], tensors["rows"]
+    names, rows = (tensors.get(name, _NOTHING) for name in ("names", "rows"))
     if names.size != num_rows or rows.shape != (num_rows, width):
         raise DamagedError(f"it holds {names.size} rows instead of {num_rows}")
+    if names.dtype != np.int64 or rows.dtype != np.float16 or names.shape != (num_rows // BUCKET, BUCKET):
+        raise DamagedError("it does not hold the names of a table and its rows")  # which C reads without looking
     return EngramTable.from_arrays(names, rows, stored.rows)

@@ -14,6 +14,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import numpy as np
 import pytest
 import torch
+from hub_fixtures import loopback_hub  # noqa: F401 - a fixture for all tests
 from hypothesis import settings
 
 
@@ -42,6 +43,7 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 settings.register_profile("karla", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=300)  # other cases in every run, and more of them
 settings.load_profile("karla")
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import karla_hf
 from karla_hf import cli
-from karla_hf.checkpoints import _save_tokenizer, load_checkpoint
+from karla_hf.checkpoints import load_checkpoint, save_tokenizer
 from karla_hf.facts import make_facts, write_facts
 
 
@@ -80,9 +80,10 @@ def full_disk(size: int):
 def test_every_command_explains_itself():
     shown = succeed("--help")
     for words in (
-        ["new"], ["info"], ["chat"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
-        ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
-        ["pack", "merge"], ["pack", "remove"], ["pack", "verify"],
+        ["new"], ["info"], ["chat"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
+        ["eval", "reasoning"], ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
+        ["pack", "merge"], ["pack", "remove"], ["pack", "verify"], ["pack", "push"], ["pack", "pull"], ["push"], ["pull"],
+        ["card"], ["pope"], ["pope", "difficulty"], ["pope", "prefix"], ["pope", "build"], ["pope", "eval"],
     ):  # fmt: skip
         assert f" {words[0]} " in shown
         text = succeed(*words, "--help")
@@ -100,9 +101,14 @@ def test_every_command_that_measures_writes_json():
         ["pack", "verify"],
         ["eval", "recall"],
         ["eval", "perplexity"],
+        ["eval", "reasoning"],
         ["bench"],
         ["demo"],
         ["train"],
+        ["pope", "difficulty"],
+        ["pope", "prefix"],
+        ["pope", "build"],
+        ["pope", "eval"],
     ):
         assert " --json " in succeed(*words, "--help")
 
@@ -363,7 +369,7 @@ def test_a_full_disk_leaves_what_was_there(folder, karla, tmp_path):
     assert files_in(tmp_path) == before
     assert os.listdir(tmp_path) == ["karla"]
     with full_disk(500), pytest.raises(OSError, match=r"The tokenizer cannot be written .*File too large"):
-        _save_tokenizer(make_tokenizer(), tmp_path)
+        save_tokenizer(make_tokenizer(), tmp_path)
 
 
 BAD_TEXTS = {

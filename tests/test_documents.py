@@ -1,9 +1,11 @@
+import os
 import re
 from importlib.metadata import distributions
 
 import pytest
 
-from karla_hf.documents import package_description, python_reference, read_text, unrelated_text
+from karla_hf import documents
+from karla_hf.documents import find_texts, package_description, python_reference, read_text, unrelated_text
 
 
 def test_text_is_read_as_it_is(tmp_path):
@@ -135,3 +137,63 @@ def test_unrelated_text_shares_no_wording_with_the_descriptions():
     others = [package_description(name) for name in ("trl", "peft", "dill", "multiprocess")]
     assert len(story) > 900
     assert not any(story & runs(text) for text in [*others, *python_reference().values()])
+
+
+def test_texts_of_a_folder_are_sorted_and_the_rest_is_named(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / "b" / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("Not a note.")
+    (folder / "b.txt").write_text("The fourth text.")
+    (folder / "b" / "z.txt").write_text("The third text.")
+    (folder / "b" / "deep" / "a.txt").write_text("The second text.")
+    (folder / "a.md").write_text("The first text.")
+    (folder / "one.txt").write_text("word")
+    (folder / "blank.txt").write_text("\n")
+    (folder / "photo.png").write_bytes(b"\x89PNG")
+    (folder / "link.txt").symlink_to(folder / "a.md")
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe")
+    with open(folder / "huge.txt", "wb") as file:
+        file.truncate(documents.MOST_FILE_BYTES + 1)
+    found = find_texts(folder)
+    assert list(found.texts.items()) == [
+        ("notes/a.md", "The first text."),
+        ("notes/b/deep/a.txt", "The second text."),
+        ("notes/b/z.txt", "The third text."),
+        ("notes/b.txt", "The fourth text."),
+    ]
+    assert found.skipped == {
+        ".git": "is hidden",
+        "blank.txt": "holds no text",
+        "huge.txt": "has more than 4 MB",
+        "link.txt": "is a link",
+        "one.txt": "has fewer than two words",
+        "photo.png": "is not UTF-8 text",
+        "pipe": "is no file",
+        "round": "is a link",
+    }
+    assert find_texts(folder / "a.md") == ({"a.md": "The first text."}, {})
+
+
+def test_too_large_a_folder_is_refused(tmp_path, monkeypatch):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("Some words. " * 10)
+    monkeypatch.setattr(documents, "MOST_FILES", 2)
+    with pytest.raises(ValueError, match=r"holds more than 2 files; read the folders in it one after the other\.$"):
+        find_texts(tmp_path)
+    monkeypatch.setattr(documents, "MOST_FILES", 3)
+    assert len(find_texts(tmp_path).texts) == 3
+    monkeypatch.setattr(documents, "MOST_BYTES", 300)
+    with pytest.raises(
+        ValueError, match=r"holds more than 0 MB of text; read the folders in it one after the other\.$"
+    ):
+        find_texts(tmp_path)
+
+
+def test_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"holds no text file; give a folder with UTF-8 text files\.$"):
+        find_texts(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        find_texts(tmp_path / "no")

@@ -1,8 +1,10 @@
 import ast
 from pathlib import Path
 
+import httpx2
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from karla_hf import KarlaConfig
 from karla_hf.documents import read_text
@@ -37,6 +39,16 @@ def test_the_systems_errors_name_the_file(tmp_path):
 
 def test_several_lines_become_one():
     assert as_sentence(OSError("The Hub says:\n  no such model.")) == "The Hub says: no such model."
+
+
+def test_what_the_hub_answers_is_one_sentence():
+    response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.example/api/models/a/b?token=secret"))
+    assert as_sentence(caught(lambda: hf_raise_for_status(response))) == (
+        "The Hub answers HTTP 404 for /api/models/a/b; check the name, and that your token may do this."
+    )
+    sentence = as_sentence(caught(lambda: validate_repo_id("a//b")))
+    assert sentence.startswith("Repo id must be in the form")
+    assert sentence.endswith(".")
 
 
 def test_the_check_of_a_configuration_says_what_is_wrong():

@@ -56,7 +56,7 @@ def imports_in(path: Path, *, inside_functions: bool = True) -> list[ast.Import 
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy: a build in the source tree would reuse whatever an earlier one left in build/."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "model_card.md"):
         shutil.copy(ROOT / name, source)
     for name in ("karla_hf", "modeling"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -71,9 +71,13 @@ def test_wheel_holds_every_source_file_once(wheel):
     expected = [f"karla_hf/modeling/{path.name}" for path in MODELING]
     expected += [path.relative_to(ROOT).as_posix() for path in PACKAGE]
     expected += [path.relative_to(ROOT).as_posix() for path in (ROOT / "karla_hf" / "data").iterdir()]
-    expected += ["karla_hf/py.typed"]
+    expected += ["karla_hf/py.typed", "karla_hf/model_card.md"]
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert sorted(names) == sorted(expected)
+
+
+def test_wheel_holds_the_template_of_the_card(wheel):
+    assert zipfile.ZipFile(wheel).read("karla_hf/model_card.md") == (ROOT / "model_card.md").read_bytes()
 
 
 def test_wheel_metadata_names_version_licence_and_command(wheel):

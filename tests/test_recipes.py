@@ -8,10 +8,12 @@ from karla_hf import KarlaConfig
 from karla_hf.arguments import MODEL_OPTIONS, parse_recipe
 from karla_hf.documents import read_text
 from karla_hf.errors import as_sentence
+from karla_hf.pope_arguments import parse_pope_recipe
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FILES = sorted(set(RECIPES.rglob("*.yaml")) - set(RECIPES.glob("parity/*")))  # those have a command of their own
+POPE_FILES = [path for path in FILES if path.stem == "pope"]
 
 
 @pytest.fixture
@@ -26,7 +28,8 @@ def recipe(tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_recipe_parses_and_says_how_to_run_it(path):
-    parsed = parse_recipe(path, ["--bf16", "false"])  # bf16 is refused where the hardware has none
+    parse = parse_pope_recipe if path in POPE_FILES else parse_recipe
+    parsed = parse(path, ["--bf16", "false"])  # bf16 is refused where the hardware has none
     assert parsed.arguments.model_name_or_path
     assert parsed.training.output_dir.startswith("outputs/")
     KarlaConfig(**parsed.model_options)
@@ -39,6 +42,19 @@ def test_every_recipe_stands_in_the_table():
     assert FILES
     for path in FILES:
         assert f"]({path.relative_to(RECIPES)})" in table
+
+
+def test_full_size_recipe_of_phase_2_says_where_each_value_comes_from():
+    (path,) = RECIPES.glob("qwen2.5-1.5b/pope.yaml")
+    parsed = parse_pope_recipe(path, ["--bf16", "false"])
+    arguments = parsed.arguments
+    assert (arguments.num_samples, arguments.max_correct, arguments.min_success) == (128, 0, 1)
+    assert (arguments.max_fraction, arguments.curriculum, arguments.reward) == (0.25, "none", "math")
+    assert (parsed.training.beta, parsed.training.loss_type) == (0.0, "dapo")
+    lines = read_text(path).split("phase: pope\n")[1].split("bf16:")[0].splitlines()
+    values = [line for line in lines if line]
+    assert len(values) > 20
+    assert [line for line in values if not re.search(r" # \[(paper|secondary|ours)\]", line)] == []
 
 
 def test_small_recipe_runs_on_the_cpu():

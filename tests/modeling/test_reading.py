@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils import logging
 
 from karla_hf.modeling.reading_karla import read_texts
 from karla_hf.modeling.reference_engram import NaivePack, rows_by_level
@@ -291,3 +292,14 @@ def test_progress_is_shown_if_asked_for(new_memory, weight, capsys):
     assert "reading" not in capsys.readouterr().err
     read_texts([text], *arguments, progress=True, **WINDOWS)
     assert "30/30" in capsys.readouterr().err
+
+
+def test_reading_where_transformers_shows_no_progress(new_memory, weight, capsys):
+    engram = new_memory()
+    logging.disable_progress_bar()  # as HF_HUB_DISABLE_PROGRESS_BARS does
+    try:
+        report = read_texts([torch.arange(1, 31)], engram, engram.open_pack("a"), Reader(), weight, None, **WINDOWS)
+    finally:
+        logging.enable_progress_bar()
+    assert report.tokens == 30
+    assert capsys.readouterr().err == ""

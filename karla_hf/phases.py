@@ -1,0 +1,42 @@
+"""Which trainer a recipe is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from karla_hf.arguments import read_recipe
+
+
+def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train what a recipe says.
+
+    Args:
+        path: the recipe. Its `phase` is "warm-up" (the head learns to predict the next token; also where it is missing),
+            "pope" (it learns from problems) or "modular-addition" (a small network of its own groks).
+        overrides: `["--key", "value", ...]`, which go before the recipe's.
+
+    Returns:
+        The summary, which also lies in the recipe's `output_dir`.
+
+    Raises:
+        FileNotFoundError, ValueError: for a recipe that cannot be used.
+        OSError: if a model is found nowhere, or the results cannot be written.
+    """
+    phase = read_recipe(path, overrides).get("phase", "warm-up")
+    if phase == "warm-up":
+        from karla_hf.training import run_recipe
+
+        return run_recipe(path, overrides)
+    if phase == "pope":
+        from karla_hf.pope_training import run_pope_recipe
+
+        return run_pope_recipe(path, overrides)
+    if phase == "modular-addition":
+        from karla_hf.modular import run_modular
+
+        return run_modular(path, overrides)
+    raise ValueError(
+        f"{path}: `phase` is {phase!r}; give warm-up, pope or modular-addition, or leave it out for warm-up."
+    )
