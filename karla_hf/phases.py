@@ -14,7 +14,7 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
         path: the recipe. Its `phase` is "warm-up" (the head learns to predict the next token; also where it is missing),
-            "pope" (it learns from problems) or "modular-addition" (a small network of its own groks).
+            "pope" (it learns from problems), "hope" (fast weights and levels on a sentence encoder) or "modular-addition" (a small network of its own groks).
         overrides: `["--key", "value", ...]`, which go before the recipe's.
 
     Returns:
@@ -37,6 +37,10 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         from karla_hf.modular import run_modular
 
         return run_modular(path, overrides)
+    if phase == "hope":
+        from karla_hf.hope_training import run_hope_recipe
+
+        return run_hope_recipe(path, overrides)
     raise ValueError(
-        f"{path}: `phase` is {phase!r}; give warm-up, pope or modular-addition, or leave it out for warm-up."
+        f"{path}: `phase` is {phase!r}; give warm-up, pope, hope or modular-addition, or leave it out for warm-up."
     )
