@@ -32,6 +32,8 @@ class Answer:
         ticks_used: ticks of every token.
         stopped: whether Ctrl-C ended it.
         surprise: how surprising the line was that it answers; None if no token of it can be told from the template.
+        ids: the tokens.
+        certainties: certainty of every token.
     """
 
     text: str
@@ -42,6 +44,8 @@ class Answer:
     ticks_used: tuple[int, ...]
     stopped: bool
     surprise: Surprise | None = None
+    ids: tuple[int, ...] = ()
+    certainties: tuple[float, ...] = ()
 
 
 class _Prompt(NamedTuple):
@@ -133,8 +137,9 @@ class ChatSession:
                 surprise = measure_surprise(self.model, ids, prompt.start, prompt.end, states[0], **options)
         thoughts = [(int(used[0, -1]), float(sure[0, -1])) for used, sure in records[: len(streamer.ids)]]
         ticks, certainty = torch.tensor(thoughts or [(0.0, 0.0)], dtype=torch.float64).mean(0).tolist()
+        said, sure = tuple(streamer.ids), tuple(sure for _, sure in thoughts)
         used = tuple(used for used, _ in thoughts)
-        return Answer(streamer.text, len(streamer.ids), ticks, certainty, seconds, used, stopped, surprise)
+        return Answer(streamer.text, len(said), ticks, certainty, seconds, used, stopped, surprise, said, sure)
 
     def read(self, path: str | Path) -> ReadReport:
         """Read a file, or the texts of a folder as `find_texts` finds them, into the pack "default"; see `read_texts`.

@@ -3,6 +3,7 @@
 What a command does is in `karla_hf.commands`, `demo`, `bench` and `training`, which are imported when it runs.
 """
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from karla_hf.hub_cli import card, pull, push
 from karla_hf.options import Checkpoint, JsonFile, TextFiles
 from karla_hf.pack_cli import pack as pack_app
 from karla_hf.pope_cli import pope
+from karla_hf.talk_cli import chat, serve, ui
 
 
 class SentenceGroup(TyperGroup):
@@ -46,6 +48,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line: the console script `karla`."""
+    # On some CPUs bitsandbytes recommends, on import, a package that would fetch code from the Hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(prog_name="karla")
 
 
@@ -57,7 +61,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-MAKE, MEMORY, HUB, MEASURE, TRAIN = "Make and look", "Memory", "Hub", "Measure", "Train"
+MAKE, TALK, MEMORY, HUB, MEASURE, TRAIN = "Make and look", "Talk", "Memory", "Hub", "Measure", "Train"
 
 
 @app.callback()
@@ -119,45 +123,8 @@ def info(directory: Checkpoint, json_file: JsonFile = None) -> None:
     commands.show_info(directory, json_file)
 
 
-@app.command(rich_help_panel=MAKE)
-def chat(
-    directory: Checkpoint,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
-) -> None:
-    """Talk to a Karla; /help in the session lists what else it does.
-
-    Uses the tokenizer's chat template, or continues the text if there is none.
-    What /read and /forget do to the memory is saved at once. Lines typed at
-    a terminal are kept for the arrow keys; /history says where.
-    """
-    from karla_hf import commands
-
-    commands.chat(directory, max_new_tokens)
-
-
-@app.command(rich_help_panel=MAKE)
-def serve(
-    directory: Checkpoint,
-    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    ticks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Most ticks per token.", show_default=False)
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE", min=0.0, max=1.0, help="Certainty at which a token is answered.", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """Answer OpenAI-compatible requests (the server of `transformers serve`), with the memory on.
-
-    Clients call the model by the folder's name. Requests are answered in turn, and
-    nothing is written. Needs `pip install 'karla-hf[serve]'`.
-    """
-    from karla_hf.serve import run_server
-
-    run_server(directory, host=host, port=port, ticks=ticks, threshold=threshold)
+for talk in (chat, ui, serve):
+    app.command(rich_help_panel=TALK)(talk)
 
 
 @app.command(rich_help_panel=MEMORY)

@@ -190,6 +190,22 @@ def chat(directory: Path, max_new_tokens: int) -> None:
     run_chat(ChatSession(model, tokenizer, directory, max_new_tokens=max_new_tokens), new_console())
 
 
+def open_page(directory: Path, port: int, max_new_tokens: int) -> None:
+    """Serve the web page of a Karla; see `karla ui`."""
+    try:
+        from karla_hf.page_server import serve_page
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "fastapi", "starlette", "uvicorn"):
+            raise
+        raise ImportError("The page needs Gradio; install it with `pip install 'karla-hf[ui]'`.") from error
+    from karla_hf.page_model import KarlaPageModel
+
+    def show(address: str) -> None:
+        new_console().print(f"The page is at {address}; Ctrl-C ends it.", markup=False, highlight=False)
+
+    serve_page(KarlaPageModel(directory, max_new_tokens), port, show)
+
+
 def measure_recall(directory: Path, facts_file: Path, limit: int | None, json_file: Path | None) -> None:
     """Ask facts with memory off and on; see `karla eval recall`."""
     facts = read_facts(facts_file)[:limit]

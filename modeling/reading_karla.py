@@ -126,12 +126,20 @@ _Positions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # names [P, F], hi
 
 
 def _positions(
-    groups: Iterator[_Group], hidden_states: _HiddenStates, nothing: torch.Tensor, ranks: Ranks
+    groups: Iterator[_Group],
+    hidden_states: _HiddenStates,
+    nothing: torch.Tensor,
+    ranks: Ranks,
+    on_shown: Callable[[int], object],
 ) -> Iterator[_Positions]:
-    """The positions of each group, in reading order. Of as many groups as processes, each process runs some batches."""
+    """The positions of each group, in reading order. Of as many groups as processes, each process runs some batches.
+
+    `on_shown` gets the number of positions after each batch that this process runs.
+    """
 
     def run(batch: _Batch) -> torch.Tensor:
         shown = hidden_states(batch.input_ids, batch.attention_mask)
+        on_shown(int(batch.used.sum()))
         return shown[batch.used.to(shown.device)]
 
     while together := list(itertools.islice(groups, ranks.size)):
@@ -206,8 +214,17 @@ def read_texts(
     ends, finished, read = list(itertools.accumulate(len(text) - 1 for text in texts)), 0, 0
     mean = output_embeddings.mean(0)
     groups = _groups(texts, windows, engram, batch_tokens)
-    positions = _positions(groups, hidden_states, output_embeddings[:0], ranks)
+    shown = 0
+
+    def show(count: int) -> None:
+        nonlocal shown
+        count = min(count * ranks.size, tokens - shown)
+        shown += count
+        bar.update(count)
+
+    # counts what the backbone has seen: a whole group's states are made before its first chunk is written, and take longer
     with logging.tqdm(total=tokens, unit="tok", desc="reading", disable=not progress or ranks.rank > 0) as bar:
+        positions = _positions(groups, hidden_states, output_embeddings[:0], ranks, show)
         for names, states, targets in _chunks(positions, engram.layout.chunk_size):
             result = write_chunk(
                 engram, pack, names, states, targets, output_embeddings, bias, sign=sign, mean_embedding=mean
@@ -220,8 +237,7 @@ def read_texts(
             before.append(result.surprise_before)
             after.append(result.surprise_after)
             written += int(result.written.sum())
-            bar.update(len(targets))
-        bar.update(tokens - read)  # bar.n is none where progress bars are off
+        show(tokens - shown)
     pack.tokens += tokens
     rows = pack.count()
     seconds = float(ranks.gather_numbers([time.perf_counter() - started]).max())

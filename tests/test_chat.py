@@ -47,6 +47,8 @@ def test_an_answer_comes_in_pieces_and_is_what_generate_says(session):
     assert answer.ticks == session.model.config.ctm_num_ticks
     out = session.model(torch.cat([ids[0], expected])[None, :-1], logits_to_keep=len(expected))
     assert answer.certainty == pytest.approx(out.certainty.mean().item(), abs=1e-4)
+    assert answer.ids == tuple(expected.tolist())
+    assert answer.certainties == pytest.approx(out.certainty[0].tolist(), abs=1e-4)
     assert answer.seconds > 0
 
 

@@ -80,7 +80,7 @@ def full_disk(size: int):
 def test_every_command_explains_itself():
     shown = succeed("--help")
     for words in (
-        ["new"], ["info"], ["chat"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
+        ["new"], ["info"], ["chat"], ["ui"], ["serve"], ["read"], ["forget"], ["packs"], ["eval"], ["eval", "recall"], ["eval", "perplexity"],
         ["eval", "reasoning"], ["bench"], ["demo"], ["train"], ["pack"], ["pack", "list"], ["pack", "export"], ["pack", "import"],
         ["pack", "merge"], ["pack", "remove"], ["pack", "verify"], ["pack", "push"], ["pack", "pull"], ["push"], ["pull"],
         ["card"], ["pope"], ["pope", "difficulty"], ["pope", "prefix"], ["pope", "build"], ["pope", "eval"],

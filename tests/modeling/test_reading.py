@@ -303,3 +303,29 @@ def test_reading_where_transformers_shows_no_progress(new_memory, weight, capsys
         logging.enable_progress_bar()
     assert report.tokens == 30
     assert capsys.readouterr().err == ""
+
+
+def test_progress_moves_with_every_pass_of_the_backbone(new_memory, weight, monkeypatch):
+    """One group of windows is shown whole before anything is written; the bar does not wait for that."""
+    seen: list[int] = []
+
+    class Bar:
+        def __init__(self, total, **options):
+            assert total == 400
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def update(self, count):
+            seen.append(count)
+
+    monkeypatch.setattr("karla_hf.modeling.reading_karla.logging.tqdm", Bar)
+    engram = new_memory()
+    read_texts(
+        [torch.arange(400) % 30 + 1], engram, engram.open_pack("a"), Reader(), weight, batch_tokens=32, **WINDOWS
+    )
+    assert sum(seen) == 400
+    assert max(seen) <= 32
