@@ -11,7 +11,6 @@ import statistics
 import time
 
 import torch
-from titans_pytorch import NeuralMemory
 
 from karla_hf import HopeConfig, HopeForCausalLM
 from karla_hf.bench import Result, Row
@@ -102,6 +101,8 @@ def core_rows():
 
 def titans_rows(name, ours, leaves):
     """A call against titans-pytorch's NeuralMemory of the same width and heads."""
+    from titans_pytorch import NeuralMemory
+
     peer, x = (
         NeuralMemory(HEADS * HEAD_DIM, CHUNK, dim_head=HEAD_DIM, heads=HEADS),
         torch.randn(BATCH, LENGTH, HEADS * HEAD_DIM),
