@@ -286,7 +286,9 @@ def check_target(target: Path, force: bool, kind: str = "karla") -> None:
     except OSError as error:
         raise OSError(f"{target} holds other files; give a new or an empty folder.") from error
     if not force:
-        raise OSError(f"{target} already holds a {KINDS[kind]}; give a new folder, or --force to replace it and its memory.")
+        raise OSError(
+            f"{target} already holds a {KINDS[kind]}; give a new folder, or --force to replace it and its memory."
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -12,6 +12,7 @@ from karla_hf.checkpoints import (
     create_checkpoint,
     load_checkpoint,
     load_memory,
+    model_kind,
     save_option,
     writing,
 )
@@ -191,19 +192,21 @@ def chat(directory: Path, max_new_tokens: int) -> None:
 
 
 def open_page(directory: Path, port: int, max_new_tokens: int) -> None:
-    """Serve the web page of a Karla; see `karla ui`."""
+    """Serve the web page of a Karla or a HOPE; see `karla ui`."""
     try:
         from karla_hf.page_server import serve_page
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "fastapi", "starlette", "uvicorn"):
             raise
         raise ImportError("The page needs Gradio; install it with `pip install 'karla-hf[ui]'`.") from error
+    from karla_hf.hope_page import HopePageModel
     from karla_hf.page_model import KarlaPageModel
 
     def show(address: str) -> None:
         new_console().print(f"The page is at {address}; Ctrl-C ends it.", markup=False, highlight=False)
 
-    serve_page(KarlaPageModel(directory, max_new_tokens), port, show)
+    page_model = HopePageModel if model_kind(directory) == "hope" else KarlaPageModel
+    serve_page(page_model(directory, max_new_tokens), port, show)
 
 
 def measure_recall(directory: Path, facts_file: Path, limit: int | None, json_file: Path | None) -> None:

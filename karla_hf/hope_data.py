@@ -88,5 +88,7 @@ def as_tensor(rows: Dataset) -> torch.Tensor:
 def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, name: str) -> Dataset:
     rows = pack(texts, tokenizer, length)
     if not rows["input_ids"]:
-        raise ValueError(f"The {name} have fewer than {length} tokens, one sequence; give more text or a smaller `sequence_length`.")
+        raise ValueError(
+            f"The {name} have fewer than {length} tokens, one sequence; give more text or a smaller `sequence_length`."
+        )
     return Dataset.from_dict(rows)

@@ -132,9 +132,7 @@ def _train(trainer: Trainer, resume: str | None) -> float:
     return time.process_time() - began
 
 
-def _train_peer(
-    hope: HopeForCausalLM, training: TrainingArguments, data: Sequences
-) -> tuple[TransformerPeer, float]:
+def _train_peer(hope: HopeForCausalLM, training: TrainingArguments, data: Sequences) -> tuple[TransformerPeer, float]:
     """The same recipe on a transformer, without checkpoints."""
     set_seed(training.seed)
     peer = TransformerPeer(hope, hope.config.sequence_length)

@@ -48,7 +48,9 @@ class TransformerPeer(nn.Module):
         hidden = self.body(inputs_embeds=hidden, use_cache=False).last_hidden_state
         logits = nn.functional.linear(self.out(hidden), self.table)
         kind = "mean" if num_items_in_batch is None else "sum"
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=kind)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction=kind
+        )
         return {"loss": loss if num_items_in_batch is None else loss / num_items_in_batch, "logits": logits}
 
 
