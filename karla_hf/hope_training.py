@@ -76,11 +76,12 @@ def run_hope_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str
         model=model, args=training, train_dataset=data.train, eval_dataset=data.held_out,
         data_collator=default_data_collator,
     )  # fmt: skip
+    losses = _ngram_losses(data, model.config.vocab_size)
     seconds = _train(trainer, resume)
     output = Path(str(training.output_dir))
     model.eval().save_pretrained(output)
     save_tokenizer(tokenizer, output)
-    losses = {"HOPE": held_out_loss(model, data.held_out, training)}
+    losses = {"HOPE": held_out_loss(model, data.held_out, training), **losses}
     summary: dict[str, Any] = {
         "recipe": str(path),
         "encoder": model.config.encoder_name_or_path,
@@ -94,17 +95,12 @@ def run_hope_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
         "versions": {name: version(name) for name in ("karla-hf", "torch", "transformers")},
     }
-    if isinstance(data.train, Dataset):
-        counted, asked = as_tensor(data.train), as_tensor(data.held_out)
-        losses["bigrams (Kneser-Ney)"] = bigram_loss(counted, asked, model.config.vocab_size)
-        losses["unigrams"] = unigram_loss(counted, asked, model.config.vocab_size)
+    _finish(output, summary, losses)
     if arguments.compare:
         name = "causal transformer"
         peer, summary["cpu_seconds"][name] = _train_peer(model, training, data)
         losses[name], summary["trainable"][name] = held_out_loss(peer, data.held_out, training), num_trainable(peer)
-    summary["losses"] = losses
-    write_json(output / "summary.json", summary)
-    _show(summary)
+        _finish(output, summary, losses)
     return summary
 
 
@@ -124,6 +120,24 @@ def _model(arguments: HopeArguments, options: dict[str, Any]) -> tuple[HopeForCa
     if arguments.model_name_or_path is not None:
         return load_hope(arguments.model_name_or_path)
     return fresh_hope(arguments.encoder_name_or_path, revision=arguments.encoder_revision, options=options)
+
+
+def _ngram_losses(data: Sequences, vocab_size: int) -> dict[str, float]:
+    """Held-out losses of what is counted on the training tokens; of a stream, nothing is counted."""
+    if not isinstance(data.train, Dataset):
+        return {}
+    counted, asked = as_tensor(data.train), as_tensor(data.held_out)
+    return {
+        "bigrams (Kneser-Ney)": bigram_loss(counted, asked, vocab_size),
+        "unigrams": unigram_loss(counted, asked, vocab_size),
+    }
+
+
+def _finish(output: Path, summary: dict[str, Any], losses: dict[str, float]) -> None:
+    """Write and show what is known so far."""
+    summary["losses"] = dict(losses)
+    write_json(output / "summary.json", summary)
+    _show(summary)
 
 
 def _train(trainer: Trainer, resume: str | None) -> float:
