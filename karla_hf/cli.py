@@ -244,7 +244,7 @@ def train(
     """Train as a recipe says: the head with TRL, and compare its loss on held-out rows with the backbone's.
 
     The recipe's `phase` says what: the head on texts (warm-up, the default),
-    on problems (pope), or an experiment such as modular-addition. Options after
+    on problems (pope), a HOPE on texts (hope), or an experiment such as modular-addition. Options after
     the recipe replace its keys, such as --max_steps 20.
     """
     from karla_hf.phases import run

@@ -12,7 +12,6 @@ from karla_hf.checkpoints import (
     create_checkpoint,
     load_checkpoint,
     load_memory,
-    model_kind,
     save_option,
     writing,
 )
@@ -199,14 +198,12 @@ def open_page(directory: Path, port: int, max_new_tokens: int) -> None:
         if error.name not in ("gradio", "fastapi", "starlette", "uvicorn"):
             raise
         raise ImportError("The page needs Gradio; install it with `pip install 'karla-hf[ui]'`.") from error
-    from karla_hf.hope_page import HopePageModel
-    from karla_hf.page_model import KarlaPageModel
+    from karla_hf.hope_page import open_model
 
     def show(address: str) -> None:
         new_console().print(f"The page is at {address}; Ctrl-C ends it.", markup=False, highlight=False)
 
-    page_model = HopePageModel if model_kind(directory) == "hope" else KarlaPageModel
-    serve_page(page_model(directory, max_new_tokens), port, show)
+    serve_page(open_model(directory, max_new_tokens), port, show)
 
 
 def measure_recall(directory: Path, facts_file: Path, limit: int | None, json_file: Path | None) -> None:

@@ -63,7 +63,7 @@ class HopeSession(ChatSession):
         end = self.model.config.eos_token_id
         streamer, stopped = PieceStreamer(self.tokenizer, on_text), False
         started = time.perf_counter()
-        generate: Callable[..., Any] = self.model.generate
+        generate: Callable[..., Any] = self.model.generate  # type: ignore[misc]
         cache, self._cache = self._cache or HopeCache(self.model.config.num_hidden_layers), None
         try:
             generate(
@@ -121,5 +121,5 @@ class HopeSession(ChatSession):
         return self._ids
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids

@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -137,9 +136,3 @@ def _save_learned(model: HopeForCausalLM, path: Path) -> None:
                 raise
             raise OSError(f"{path} cannot be written ({error}); make room and try again.") from error
         os.replace(fresh, path)
-
-
-def learned_size(model: HopeForCausalLM) -> int:
-    """Numbers that were learned by reading."""
-    levels = (module for module in model.modules() if getattr(module, "deltas", None) is not None)
-    return sum(cast(torch.Tensor, delta).numel() for level in levels for delta in cast(Any, level).deltas)

@@ -14,8 +14,8 @@ from karla_hf.modeling.cms_hope import named_levels
 from karla_hf.modeling.modeling_hope import HopeForCausalLM
 
 
-RATES = (0.3, 1.0, 3.0)  # of learn
-LEARNING_RATES = (3e-5, 1e-4, 3e-4)  # of fine-tuning
+RATES = (1.0, 3.0)  # of learn
+LEARNING_RATES = (1e-4, 3e-4)  # of fine-tuning
 BARE, LEVELS, FLAT, TUNED = "no learning", "learn(), levels", "learn(), one rate", "fine-tuning"
 
 Measure = Callable[[str], float]

@@ -1,4 +1,4 @@
-"""A HOPE behind the web page."""
+"""A HOPE behind the web page, and which model a folder puts there."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from karla_hf.chat import Answer
+from karla_hf.checkpoints import model_kind
 from karla_hf.documents import read_text
 from karla_hf.hope_chat import HopeSession
 from karla_hf.hope_checkpoints import is_untrained, load_hope
 from karla_hf.modeling.learning_hope import LEARNING_FILE
-from karla_hf.page_model import FILE_TYPES, Thinking, stoppable
+from karla_hf.page_model import FILE_TYPES, KarlaPageModel, PageModel, Thinking, stoppable
 from karla_hf.report import format_bytes
 
 
@@ -89,3 +90,13 @@ class HopePageModel:
 
     def _session(self) -> HopeSession:
         return HopeSession(self.model, self.tokenizer, self.directory, max_new_tokens=self.max_new_tokens)
+
+
+def open_model(directory: str | Path, max_new_tokens: int = 256) -> PageModel:
+    """The model of a folder, a Karla or a HOPE, for the page.
+
+    Raises:
+        OSError: if the folder holds neither, or a file is missing or damaged.
+    """
+    kind = HopePageModel if model_kind(directory) == "hope" else KarlaPageModel
+    return kind(directory, max_new_tokens)

@@ -35,7 +35,8 @@ class HopeTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser over `level_parameter_groups`, each divided into matrices and vectors."""
         if self.optimizer is None:
-            groups = [part for group in self.model.level_parameter_groups() for part in self._parts(group)]
+            hope: Any = self.model
+            groups = [part for group in hope.level_parameter_groups() for part in self._parts(group)]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = MultiRateOptimizer(
                 torch.optim.AdamW(groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon)

@@ -40,6 +40,8 @@ class TransformerPeer(nn.Module):
         nn.init.normal_(self.out.weight, std=config.initializer_range)
         self.register_buffer("table", hope.get_output_embeddings().weight.detach(), persistent=False)
 
+    table: torch.Tensor
+
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from tiny_hope import HOPE_OPTIONS, save_encoder, save_hope, save_trained
 
 from karla_hf.hope_chat import HopeSession
 from karla_hf.hope_checkpoints import is_untrained, load_hope
-from karla_hf.hope_page import HopePageModel
+from karla_hf.hope_page import HopePageModel, open_model
 from karla_hf.modeling.learning_hope import LEARNING_FILE
 from karla_hf.modeling.lock_karla import lock_folder
 
@@ -238,7 +238,8 @@ def test_what_another_process_has_learned_is_kept(hope):
 
 
 def test_the_page_talks_to_a_hope(hope, tmp_path):
-    page = HopePageModel(hope, max_new_tokens=6)
+    page = open_model(hope, max_new_tokens=6)
+    assert isinstance(page, HopePageModel)
     messages: list[dict[str, str]] = []
     answer = page.answer(messages, LINE, ignore, should_stop=lambda: False)
     assert answer.text == open_session(hope).answer(LINE, ignore).text

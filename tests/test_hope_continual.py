@@ -114,5 +114,5 @@ def test_keys_written_once_are_read_better_with_the_delta_rule(recall):
 def test_the_stream_needs_a_trained_hope(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench = load_bench("hope_continual")
-    with pytest.raises(FileNotFoundError, match="make it with `karla train recipes/hope-minilm/pretrain.yaml`"):
+    with pytest.raises(FileNotFoundError, match="There is no trained HOPE in outputs/hope-minilm"):
         bench.run()

@@ -14,7 +14,7 @@ from karla_hf.hope_continual import compare_hope_streams
 
 
 FOLDER = Path("outputs/hope-minilm")
-TOKENS = 600
+TOKENS = 320
 
 
 def run():

@@ -10,8 +10,8 @@ from karla_hf import HopeConfig, HopeForCausalLM
 from karla_hf.modeling import delta_hope
 
 
-KEYS, VALUES, PAIRS = 32, 16, 16
-STEPS, BATCH, ASKED = 400, 32, 20  # the last: batches of the measurement
+KEYS, VALUES, PAIRS = 48, 16, 24
+STEPS, BATCH, ASKED = 800, 32, 20  # the last: batches of the measurement
 ENCODER = {
     "model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32,
     "vocab_size": KEYS + VALUES, "initializer_range": 1.0,
@@ -54,7 +54,7 @@ def learn(steps=STEPS, seed=0):
     """A small HOPE trained on the task; returns the share of values recalled, of chance 1 / VALUES, and the last loss."""
     torch.manual_seed(seed)
     config = HopeConfig(
-        encoder_config=ENCODER, encoder_context="none", hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        encoder_config=ENCODER, encoder_context="none", hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         chunk_size=64, snapshot_periods=[64], level_sizes=[32], level_periods=[1], initializer_range=0.1,
     )  # fmt: skip
     model = HopeForCausalLM(config).train()
