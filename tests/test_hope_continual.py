@@ -90,25 +90,22 @@ def test_hebbian_writes_are_gone_afterwards(recall):
     assert (delta_hope._chunk, delta_hope._token) == (chunk, token)
 
 
-def test_a_batch_of_recall_asks_each_key_once_for_its_value(recall):
-    rows = recall.make_batch(torch.Generator().manual_seed(0), 3)
-    assert rows.shape == (3, 4 * recall.PAIRS)
+@pytest.mark.parametrize("task", ["written once", "written twice"])
+def test_a_batch_of_recall_asks_each_key_for_its_last_value(recall, task):
+    rows, pairs = recall.make_batch(torch.Generator().manual_seed(0), 3, task), recall.PAIRS[task]
+    assert rows.shape == (3, 48 + 2 * pairs)
     for row in rows.tolist():
-        half = 2 * recall.PAIRS
-        written, asked = (dict(zip(part[::2], part[1::2], strict=True)) for part in (row[:half], row[half:]))
-        assert len(written) == recall.PAIRS
+        written, asked = (dict(zip(part[::2], part[1::2], strict=True)) for part in (row[:48], row[48:]))
         assert written == asked
+        assert len(asked) == pairs
+        assert sorted(row[:48:2]) == sorted(list(asked) * (24 // pairs))
         assert list(written) != list(asked)
         assert max(written) < recall.KEYS <= min(written.values())
 
 
 @pytest.mark.slow
-def test_keys_written_once_are_read_better_with_the_delta_rule(recall):
-    delta = recall.learn(400)
-    with recall.hebbian_writes():
-        hebbian = recall.learn(400)
-    assert delta["recalled"] > hebbian["recalled"] + 0.05
-    assert delta["recalled"] > 4 / recall.VALUES
+def test_keys_are_recalled_far_above_chance(recall):
+    assert recall.learn("written once", steps=800)["recalled"] > 6 / recall.VALUES
 
 
 def test_the_stream_needs_a_trained_hope(tmp_path, monkeypatch):
