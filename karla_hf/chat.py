@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from karla_hf.checkpoints import load_memory
 from karla_hf.documents import find_texts
 from karla_hf.modeling.generating_karla import recorded_thoughts
+from karla_hf.modeling.learning_hope import LearnReport
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.reading_karla import ReadReport
 from karla_hf.surprise import Surprise, first_states, measure_surprise
@@ -34,6 +35,7 @@ class Answer:
         surprise: how surprising the line was that it answers; None if no token of it can be told from the template.
         ids: the tokens.
         certainties: certainty of every token.
+        learned: what learning the line did, of a HOPE that learns.
     """
 
     text: str
@@ -46,6 +48,7 @@ class Answer:
     surprise: Surprise | None = None
     ids: tuple[int, ...] = ()
     certainties: tuple[float, ...] = ()
+    learned: LearnReport | None = None
 
 
 class _Prompt(NamedTuple):
@@ -112,7 +115,7 @@ class ChatSession:
         chosen = {"max_ticks": self.ticks, "certainty_threshold": self.threshold}
         options = {key: value for key, value in chosen.items() if value is not None}
         ends = {self.tokenizer.eos_token_id, *_as_list(self.model.generation_config.eos_token_id)} - {None}
-        streamer = _PieceStreamer(self.tokenizer, on_text)
+        streamer = PieceStreamer(self.tokenizer, on_text)
         started, stopped, surprise = time.perf_counter(), False, None
         generate: Callable[..., Any] = self.model.generate
         with recorded_thoughts(self.model) as records, first_states(self.model) as states:
@@ -253,7 +256,7 @@ class ChatSession:
         return _Prompt(encoded["input_ids"], start, start + sum(inside))
 
 
-class _PieceStreamer(BaseStreamer):
+class PieceStreamer(BaseStreamer):
     """Decodes generated tokens and hands on the text as far as its characters are complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):

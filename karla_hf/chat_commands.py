@@ -9,8 +9,10 @@ from rich.console import Console
 from karla_hf.answers import printable
 from karla_hf.chat import ChatSession
 from karla_hf.documents import find_texts
+from karla_hf.hope_chat import HopeSession
 from karla_hf.info import describe_packs
 from karla_hf.line_editor import LineEditor
+from karla_hf.modeling.learning_hope import LearnReport
 from karla_hf.report import new_table
 
 
@@ -128,6 +130,38 @@ def _history(chat: Chat, argument: str) -> None:
     chat.say(f"kept in {chat.editor.path}")
 
 
+def describe_learning(report: LearnReport) -> str:
+    """A line on what was learned."""
+    before, after = (sum(losses) / len(losses) for losses in (report.losses_before, report.losses_after))
+    return f"Learned {report.tokens:,} tokens and saved it; loss {before:.2f} before, {after:.2f} after."
+
+
+def _learn(chat: Chat, argument: str) -> None:
+    session = _hope(chat)
+    if argument not in ("", "on", "off"):
+        raise ValueError(f"/learn takes on or off, but was given {argument!r}.")
+    if argument:
+        session.learns = argument == "on"
+    chat.say("what you say is learned and saved after every answer" if session.learns else "nothing is learned")
+
+
+def _learn_file(chat: Chat, argument: str) -> None:
+    chat.say(describe_learning(_hope(chat).learn(find_texts(_needed("/read", argument)).texts, progress=True)))
+
+
+def _forget_learned(chat: Chat, argument: str) -> None:
+    chat.say(f"Forgot what was learned in {_hope(chat).forget_learned():,} chunks.")
+
+
+def _hope(chat: Chat) -> HopeSession:
+    assert isinstance(chat.session, HopeSession)
+    return chat.session
+
+
+def _learns(chat: Chat) -> bool:
+    return isinstance(chat.session, HopeSession)
+
+
 def _needed(command: str, argument: str) -> str:
     if not argument:
         raise ValueError(f"{command} needs a name after it; /help shows how it is used.")
@@ -150,6 +184,11 @@ COMMANDS = (
     Command("/forget", "PACK", "remove a pack and save the memory", _forget, _reads),
     Command("/ticks", "N", "think for N ticks per token; /ticks alone shows the number", _ticks, _thinks),
     Command("/certainty", "C", "end a thought at certainty C, from 0 to 1; alone shows it", _certainty, _thinks),
+    Command(
+        "/learn", "on or off", "learn what you say after every answer, and save it; alone shows it", _learn, _learns
+    ),
+    Command("/read", "FILE or FOLDER", "learn UTF-8 text files and save what was learned", _learn_file, _learns),
+    Command("/forget", "", "forget all that was learned", _forget_learned, _learns),
     Command(
         "/history", "N", "show the last N lines typed, 20 without N", _history, lambda chat: chat.editor is not None
     ),

@@ -67,7 +67,7 @@ def create_checkpoint(
     options = dict(options or {})
     check_options(options)
     target = Path(directory).resolve()
-    _check_target(target, force)
+    check_target(target, force)
     name = str(Path(backbone).resolve()) if os.path.isdir(backbone) else backbone
     tokenizer = load_tokenizer(name, revision=revision)
     model = KarlaForCausalLM.from_backbone(name, tokenizer, revision=revision, quantization=quantization, **options)
@@ -77,7 +77,7 @@ def create_checkpoint(
         model.save_pretrained(fresh)
         save_tokenizer(tokenizer, fresh)
         with writing(target) if force and target.exists() and any(target.iterdir()) else nullcontext():
-            _move_into_place(fresh, target, Path(staging))
+            move_into_place(fresh, target, Path(staging))
     return model
 
 
@@ -233,23 +233,48 @@ def save_option(directory: str | Path, key: str, value: Any) -> None:
             os.replace(fresh, path)
 
 
+MADE_BY = {"karla": "karla new", "hope": "karla new --hope"}
+KINDS = {"karla": "Karla", "hope": "HOPE"}  # by model_type
+
+
 def check_checkpoint(directory: str | Path) -> None:
     """Raise OSError unless a folder holds a Karla's configuration."""
+    check_kind(directory, "karla")
+
+
+def check_kind(directory: str | Path, kind: str) -> None:
+    """Raise OSError unless a folder holds the configuration of a kind of `KINDS`."""
+    found = model_kind(directory)
+    if found == kind:
+        return
+    if found in KINDS:
+        raise OSError(
+            f"{directory} holds a {KINDS[found]}, but this needs a {KINDS[kind]}; make one with `{MADE_BY[kind]}`, or talk to "
+            f"this one with `karla chat`."
+        )
+    raise OSError(
+        f"{directory} holds a model of type {found!r}, not a {KINDS[kind]}; put a {KINDS[kind]} on it with `{MADE_BY[kind]}`."
+    )
+
+
+def model_kind(directory: str | Path) -> str | None:
+    """The `model_type` of the configuration in a folder, such as "karla" or "hope".
+
+    Raises:
+        OSError: if there is no configuration, or it is damaged.
+    """
     path = Path(directory, "config.json")
     if not path.is_file():
         where = "no folder" if not Path(directory).is_dir() else "no Karla (it has no config.json)"
         raise OSError(f"{directory} is {where}; give a folder that `karla new` or `save_pretrained` made.")
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is no JSON object ({error}); restore it from a good copy.") from error
-    if model_type != "karla":
-        raise OSError(
-            f"{directory} holds a model of type {model_type!r}, not a Karla; put a Karla on it with `karla new`."
-        )
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool, kind: str = "karla") -> None:
+    """Raise OSError unless a folder may be made: new, empty, or, with `force`, one that holds a model of this kind."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -257,11 +282,13 @@ def _check_target(target: Path, force: bool) -> None:
     if not any(target.iterdir()):
         return
     try:
-        check_checkpoint(target)
+        check_kind(target, kind)
     except OSError as error:
         raise OSError(f"{target} holds other files; give a new or an empty folder.") from error
     if not force:
-        raise OSError(f"{target} already holds a Karla; give a new folder, or --force to replace it and its memory.")
+        raise OSError(
+            f"{target} already holds a {KINDS[kind]}; give a new folder, or --force to replace it and its memory."
+        )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -283,7 +310,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
         raise OSError(f"The tokenizer cannot be written ({error}).") from error
 
 
-def _move_into_place(fresh: Path, target: Path, staging: Path) -> None:
+def move_into_place(fresh: Path, target: Path, staging: Path) -> None:
     """Give the fresh folder its name; into a folder that exists, move entry by entry, the replaced ones to `staging`."""
     if not target.exists():
         fresh.rename(target)

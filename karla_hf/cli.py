@@ -97,14 +97,23 @@ def new(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a Karla in DIR, its memory included.")] = False,
+    hope: Annotated[bool, typer.Option("--hope", help="Make a HOPE; BACKBONE is a sentence encoder then.")] = False,
 ) -> None:
     """Put an empty memory and an untrained head on a backbone.
 
     The folder holds memory, head and tokenizer, and the name of the backbone.
     Until something is read or trained, it answers exactly as its backbone does.
+    With --hope: fast weights and levels on a sentence encoder, all untrained.
     """
-    from karla_hf import commands
+    from karla_hf import commands, hope_commands
 
+    if hope:
+        if quantization is not None:
+            raise typer.BadParameter("A HOPE's encoder is not quantized; leave --quantization out.")
+        hope_commands.create(
+            backbone, directory, revision=revision, options=_parse_settings(settings or []), force=force
+        )
+        return
     commands.create(
         backbone,
         directory,
@@ -118,9 +127,11 @@ def new(
 @app.command(rich_help_panel=MAKE)
 def info(directory: Checkpoint, json_file: JsonFile = None) -> None:
     """Show parameters, bytes on disk and in RAM, and how often each level changes."""
-    from karla_hf import commands
+    from karla_hf import commands, hope_commands
+    from karla_hf.checkpoints import model_kind
 
-    commands.show_info(directory, json_file)
+    show = hope_commands.show_info if model_kind(directory) == "hope" else commands.show_info
+    show(directory, json_file)
 
 
 for talk in (chat, ui, serve):
@@ -237,8 +248,8 @@ def train(
 
     The recipe's `phase` says what: the head on texts (warm-up, the default),
     on problems (pope), with adaptive computation (fine-tune), the three as one
-    job (all), or an experiment such as modular-addition. Options after the recipe
-    replace its keys: --max_steps 20, --epochs 2, --batch-size 8.
+    job (all), a HOPE on texts (hope), or an experiment such as modular-addition.
+    Options after the recipe replace its keys: --max_steps 20, --epochs 2.
     """
     from karla_hf.phases import run
     from karla_hf.report import write_json

@@ -191,19 +191,19 @@ def chat(directory: Path, max_new_tokens: int) -> None:
 
 
 def open_page(directory: Path, port: int, max_new_tokens: int) -> None:
-    """Serve the web page of a Karla; see `karla ui`."""
+    """Serve the web page of a Karla or a HOPE; see `karla ui`."""
     try:
         from karla_hf.page_server import serve_page
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "fastapi", "starlette", "uvicorn"):
             raise
         raise ImportError("The page needs Gradio; install it with `pip install 'karla-hf[ui]'`.") from error
-    from karla_hf.page_model import KarlaPageModel
+    from karla_hf.hope_page import open_model
 
     def show(address: str) -> None:
         new_console().print(f"The page is at {address}; Ctrl-C ends it.", markup=False, highlight=False)
 
-    serve_page(KarlaPageModel(directory, max_new_tokens), port, show)
+    serve_page(open_model(directory, max_new_tokens), port, show)
 
 
 def measure_recall(directory: Path, facts_file: Path, limit: int | None, json_file: Path | None) -> None:

@@ -141,7 +141,7 @@ class KarlaPageModel:
         self.refresh()
         session = ChatSession(self.model, self.tokenizer, self.directory, max_new_tokens=self.max_new_tokens)
         session.messages, session.ticks, session.threshold = messages, ticks, threshold
-        with _stoppable(self.model.model.backbone, should_stop):
+        with stoppable(self.model.model.backbone, should_stop):
             return session.answer(line, on_text)
 
     def read(self, path: Path, pack: str, *, should_stop: Callable[[], bool]) -> str:
@@ -168,7 +168,7 @@ class KarlaPageModel:
             text = read_text(path)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), path.name)) from error  # its folder says nothing to people
-        with self._changing(), _stoppable(self.model.model.backbone, should_stop):
+        with self._changing(), stoppable(self.model.model.backbone, should_stop):
             report = self.model.read(text, self.tokenizer, pack=pack, title=path.name)
             self.model.save_memory(self.directory)
             self.unloaded.discard(pack)
@@ -263,7 +263,7 @@ class KarlaPageModel:
 
 
 @contextmanager
-def _stoppable(module: Any, should_stop: Callable[[], bool]) -> Iterator[None]:
+def stoppable(module: Any, should_stop: Callable[[], bool]) -> Iterator[None]:
     """Inside, a pass of the module raises KeyboardInterrupt, as Ctrl-C does, once `should_stop` says so."""
 
     def check(module: Any, inputs: Any) -> None:

@@ -15,7 +15,7 @@ def run(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False)
     Args:
         path: the recipe. Its `phase` is "warm-up" (the head learns to predict the next token; also where it is missing),
             "pope" (it learns from problems), "fine-tune" (it learns to think as long as it must), "all" (the three as one
-            job) or "modular-addition" (a small network of its own groks).
+            job), "hope" (fast weights and levels on a sentence encoder) or "modular-addition" (a small network groks).
         overrides: `["--key", "value", ...]`, which go before the recipe's.
         quick: whether the recipe's `quick` values go before its others, for a run that only shows that all works.
 
@@ -48,6 +48,11 @@ def run(path: str | Path, overrides: Sequence[str] = (), *, quick: bool = False)
         from karla_hf.modular import run_modular
 
         return run_modular(path, overrides)
+    if phase == "hope":
+        from karla_hf.hope_training import run_hope_recipe
+
+        return run_hope_recipe(path, overrides)
     raise ValueError(
-        f"{path}: `phase` is {phase!r}; give warm-up, pope, fine-tune, all or modular-addition, or leave it out for warm-up."
+        f"{path}: `phase` is {phase!r}; give warm-up, pope, fine-tune, all, hope or modular-addition, or leave it out for "
+        "warm-up."
     )

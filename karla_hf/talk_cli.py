@@ -11,15 +11,18 @@ def chat(
     directory: Checkpoint,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
-    """Talk to a Karla; /help in the session lists what else it does.
+    """Talk to a Karla or a HOPE; /help in the session lists what else it does.
 
     Uses the tokenizer's chat template, or continues the text if there is none.
-    What /read and /forget do to the memory is saved at once. Lines typed at
-    a terminal are kept for the arrow keys; /history says where.
+    What /read and /forget do to the memory is saved at once. A HOPE learns what
+    you say after /learn on. Lines typed at a terminal are kept for the arrow keys;
+    /history says where.
     """
-    from karla_hf import commands
+    from karla_hf import commands, hope_commands
+    from karla_hf.checkpoints import model_kind
 
-    commands.chat(directory, max_new_tokens)
+    talk = hope_commands.chat if model_kind(directory) == "hope" else commands.chat
+    talk(directory, max_new_tokens)
 
 
 def ui(
@@ -29,7 +32,7 @@ def ui(
     ] = 7860,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
-    """Open a web page to talk to a Karla, on this machine only.
+    """Open a web page to talk to a Karla or a HOPE, on this machine only.
 
     It reads files that are dropped on it, shows and forgets packs, and draws
     ticks and certainty over the answers. Ctrl-C ends it. Needs karla-hf[ui].

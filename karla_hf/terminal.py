@@ -9,7 +9,7 @@ from rich.text import Text
 
 from karla_hf.answers import MarkdownStream, heat_legend, heat_lines, printable
 from karla_hf.chat import Answer, ChatSession
-from karla_hf.chat_commands import Chat, commands_of
+from karla_hf.chat_commands import Chat, commands_of, describe_learning
 from karla_hf.errors import as_sentence
 from karla_hf.line_editor import LineEditor, history_file
 from karla_hf.surprise import Surprise
@@ -87,6 +87,8 @@ def _answer(chat: Chat, line: str) -> None:
     chat.say(" · ".join([*facts, f"{answer.tokens / answer.seconds:.1f} tokens/s"]))
     if answer.surprise is not None:
         chat.say(_surprise(answer.surprise))
+    if answer.learned is not None:
+        chat.say(describe_learning(answer.learned))
 
 
 def _show_ticks(chat: Chat, answer: Answer) -> None:

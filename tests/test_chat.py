@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import CHAT_TEMPLATE, files_in, make_tokenizer, save_backbone, save_karla, speak
 
-from karla_hf.chat import ChatSession, _PieceStreamer
+from karla_hf.chat import ChatSession, PieceStreamer
 from karla_hf.checkpoints import load_checkpoint
 
 
@@ -256,7 +256,7 @@ def test_pieces_never_split_a_character():
     tokenizer = make_tokenizer(vocab_size=257)  # one token per byte
     text = "né €5 🙂 ok"
     pieces: list[str] = []
-    streamer = _PieceStreamer(tokenizer, pieces.append)
+    streamer = PieceStreamer(tokenizer, pieces.append)
     streamer.put(torch.tensor([[1, 2]]))  # the prompt
     for token in tokenizer.encode(text):
         streamer.put(torch.tensor([token]))

@@ -59,7 +59,7 @@ def test_bad_values_are_named(tmp_path):
         (["--train_share", "1.0"], "`train_share` is 1.0; give a share above 0 and below 1"),
         (["--learner", "lstm"], "`learner` is 'lstm'; give one of mlp, ctm"),
         (["--modulu", "7"], "`modulu` is no key of a recipe.*did you mean `modulus`"),
-        (["--phase", "sorting"], "`phase` is 'sorting'; give warm-up, pope or modular-addition"),
+        (["--phase", "sorting"], "`phase` is 'sorting'; give warm-up, pope, fine-tune"),
     ):
         result = CliRunner().invoke(app, ["train", str(RECIPE), *options, "--output_dir", str(tmp_path)])
         assert result.exit_code == 1

@@ -127,7 +127,7 @@ def test_curricula_are_options_of_a_recipe(recipe, curriculum, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phase": "popes"}, r"recipe\.yaml: `phase` is 'popes'; give warm-up, pope or modular-addition"),
+        ({"phase": "popes"}, r"recipe\.yaml: `phase` is 'popes'; give warm-up, pope, fine-tune"),
         ({"problems": None}, r"`problems` is missing; give champ, chain-sum, a file, or a data set on the Hub\.$"),
         ({"model_name_or_path": None}, r"`model_name_or_path` is missing"),
         ({"curriculum": "steep"}, r"`curriculum` is 'steep'; give one of none, adaptive, staged\.$"),

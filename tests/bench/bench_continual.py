@@ -35,10 +35,9 @@ def fact_list(split):
     return "\n".join(fact.text for fact in make_facts(60, split=split))
 
 
-def run():
-    """Perplexities of all documents read so far after each of them."""
-    tokenizer = load_tokenizer(NAME)
-    documents = {
+def documents():
+    """The stream: six texts of six kinds by title."""
+    return {
         "TRL docs": class_documentation("trl", "trl/trainer/reward_trainer.py", "RewardTrainer"),
         "Python": python_reference()["with"] + python_reference()["raise"],
         "maths": solutions("Number-Theory"),
@@ -46,13 +45,22 @@ def run():
         "licence": installed_text("typing_extensions", "LICENSE"),
         "facts": fact_list("test"),
     }
-    development = [
+
+
+def development():
+    """Other texts of such kinds, to choose rates on."""
+    return [
         class_documentation("trl", "trl/trainer/dpo_trainer.py", "DPOTrainer"),
         package_description("sortedcontainers"),
         fact_list("development"),
     ]
-    cut = {title: first_tokens(text, tokenizer, TOKENS) for title, text in documents.items()}
-    others = [first_tokens(text, tokenizer, TOKENS) for text in development]
+
+
+def run():
+    """Perplexities of all documents read so far after each of them."""
+    tokenizer = load_tokenizer(NAME)
+    cut = {title: first_tokens(text, tokenizer, TOKENS) for title, text in documents().items()}
+    others = [first_tokens(text, tokenizer, TOKENS) for text in development()]
     return compare_streams(load_backbone(NAME), tokenizer, cut, unrelated_text(), others)
 
 

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from test_continual import CONTROL, DOCUMENTS
+from tiny_hope import save_encoder, save_hope, save_trained
+
+from karla_hf.bench import load_bench
+from karla_hf.hope_checkpoints import load_hope
+from karla_hf.hope_continual import BARE, FLAT, LEVELS, TUNED, compare_hope_streams, mean_forgetting, measure_with
+from karla_hf.modeling import delta_hope
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hope-continual")
+    return load_hope(save_trained(root / "trained", save_hope(root / "fresh", save_encoder(root / "encoder"))))
+
+
+@pytest.fixture(scope="module")
+def compared(trained):
+    model, tokenizer = trained
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"rates": (1e-4, 1.0), "learning_rates": (1e-7, 3e-3)}
+    result = compare_hope_streams(model, tokenizer, DOCUMENTS, CONTROL, ["Other words. " * 20], **options)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert not model.has_learned
+    return result
+
+
+def test_the_matrices_are_of_all_learners(compared):
+    assert list(compared["matrices"]) == [BARE, LEVELS, FLAT, TUNED]
+    assert compared["titles"] == [*DOCUMENTS, "unrelated"]
+    for name, matrix in compared["matrices"].items():
+        assert len(matrix) == (1 if name == BARE else 3)
+        for i, row in enumerate(matrix):
+            assert [math.isnan(value) for value in row] == [name != BARE and i < j < 3 for j in range(4)]
+    assert len(compared["rows"]) == 1 + 3 * 3
+    last = compared["rows"][f"{TUNED}, after sums"]
+    assert list(last.values()) == compared["matrices"][TUNED][2]
+
+
+def test_every_learner_knows_a_document_better_after_reading_it(trained, compared):
+    bare = compared["matrices"][BARE][0]
+    assert bare == pytest.approx([measure_with(*trained)(text) for text in [*DOCUMENTS.values(), CONTROL]])
+    for name in (LEVELS, FLAT, TUNED):
+        matrix = compared["matrices"][name]
+        assert matrix[0][0] < bare[0]
+        assert all(matrix[i][i] != bare[i] for i in range(3))
+    assert compared["matrices"][LEVELS] != compared["matrices"][FLAT]
+
+
+def test_rates_are_chosen_on_other_documents(compared):
+    assert compared["rates"] == {LEVELS: 1.0, FLAT: 1.0, TUNED: 3e-3}
+
+
+def test_forgetting_is_the_mean_rise_of_the_loss(compared):
+    for name, value in compared["forgetting"].items():
+        matrix = compared["matrices"][name]
+        rises = [math.log(matrix[2][j]) - math.log(matrix[j][j]) for j in (0, 1)]
+        assert value == pytest.approx(sum(rises) / 2)
+    assert mean_forgetting([[2.0, math.nan, 9.0], [2.0, 3.0, 9.0]]) == 0.0
+
+
+@pytest.fixture
+def recall():
+    return load_bench("hope_recall")
+
+
+def test_hebbian_writes_are_the_recurrence_without_erasure(recall):
+    generator = torch.Generator().manual_seed(0)
+    running, query, key, target = (
+        torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (9, 4), (9, 4), (9, 6))
+    )
+    eta, log_alpha = (torch.rand(2, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    output, end = recall.hebbian_chunk(running, query, key, target, eta, -log_alpha)
+    state, outputs = running, []
+    for t in range(9):
+        state = state * (-log_alpha[:, t]).exp()[:, None, None]
+        state = state + eta[:, t, None, None] * target[:, t, :, None] * key[:, t, None, :]
+        outputs.append((state[:, :4] @ query[:, t, :, None])[..., 0])
+    torch.testing.assert_close(output, torch.stack(outputs, dim=1))
+    torch.testing.assert_close(end, state)
+
+
+def test_hebbian_writes_are_gone_afterwards(recall):
+    chunk, token = delta_hope._chunk, delta_hope._token
+    with recall.hebbian_writes():
+        assert delta_hope._chunk is delta_hope._token is recall.hebbian_chunk
+    assert (delta_hope._chunk, delta_hope._token) == (chunk, token)
+
+
+@pytest.mark.parametrize("task", ["written once", "written twice"])
+def test_a_batch_of_recall_asks_each_key_for_its_last_value(recall, task):
+    rows, pairs = recall.make_batch(torch.Generator().manual_seed(0), 3, task), recall.PAIRS[task]
+    assert rows.shape == (3, 48 + 2 * pairs)
+    for row in rows.tolist():
+        written, asked = (dict(zip(part[::2], part[1::2], strict=True)) for part in (row[:48], row[48:]))
+        assert written == asked
+        assert len(asked) == pairs
+        assert sorted(row[:48:2]) == sorted(list(asked) * (24 // pairs))
+        assert list(written) != list(asked)
+        assert max(written) < recall.KEYS <= min(written.values())
+
+
+@pytest.mark.slow
+def test_keys_are_recalled_far_above_chance(recall):
+    assert recall.learn("written once", steps=800)["recalled"] > 6 / recall.VALUES
+
+
+def test_the_stream_needs_a_trained_hope(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench = load_bench("hope_continual")
+    with pytest.raises(FileNotFoundError, match="There is no trained HOPE in outputs/hope-minilm"):
+        bench.run()
