@@ -220,7 +220,7 @@ def test_tokens_that_make_one_character_are_drawn_together(karla):
     _, tokenizer = load_checkpoint(karla)
     ids = tokenizer.encode("é<")
     assert len(ids) == 3
-    answer = Answer("é<", 3, 2.0, 0.5, 1.0, (1, 3, 2), False, tuple(ids), (0.9, 0.5, 1.0))
+    answer = Answer("é<", 3, 2.0, 0.5, 1.0, (1, 3, 2), False, ids=tuple(ids), certainties=(0.9, 0.5, 1.0))
     assert draw_thoughts(answer, tokenizer, 4) == (
         '<div class="karla-said"><i style="--ticks:0.75;--doubt:0.50" title="3 of 4 ticks, certainty 0.50">é</i>'
         '<i style="--ticks:0.50;--doubt:0.00" title="2 of 4 ticks, certainty 1.00">&lt;</i></div>'
