@@ -8,11 +8,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from karla_hf.backbones import load_tokenizer
 from karla_hf.errors import as_sentence
@@ -22,7 +20,6 @@ from karla_hf.modeling.lock_karla import lock_folder
 from karla_hf.modeling.memory_karla import tokenizer_hash
 from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.modeling.packs_karla import FOLDER, load_engram
-from karla_hf.modeling.public_karla import weight_files
 
 
 # What transformers raises on the way through a configuration with values of the wrong kind.
@@ -145,38 +142,6 @@ def load_config(directory: str | Path) -> KarlaConfig:
         raise OSError(
             f"{directory}/config.json is no configuration of a Karla ({reason}); restore it from a good copy."
         ) from error
-
-
-def load_without_backbone(directory: str | Path) -> KarlaForCausalLM:
-    """Load memory and head of a Karla alone: what can be saved again, but not run.
-
-    Raises:
-        OSError: if this is no Karla, or a file is missing or damaged.
-        ValueError: if the memory does not fit the configuration.
-    """
-    model = KarlaForCausalLM(load_config(directory), init_backbone=False)
-    own = dict(_weights(Path(directory), model.own_prefixes))
-    missing = [name for name in model.load_state_dict(own, strict=False, assign=True).missing_keys if name not in own]
-    if missing:
-        raise OSError(f"{directory} lacks {len(missing)} weights, such as {missing[0]}; restore it from a good copy.")
-    model.set_engram(*load_memory(directory))
-    if Path(directory, "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(directory))
-    return model
-
-
-def _weights(directory: Path, prefixes: tuple[str, ...]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a checkpoint that begin with one of the prefixes."""
-    for file in sorted(weight_files(directory)):
-        if not file.endswith(".safetensors"):
-            continue
-        try:
-            with safe_open(directory / file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no mapping
-                    if name.startswith(prefixes):
-                        yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise OSError(f"{directory / file} is damaged ({error}); restore it from a good copy.") from error
 
 
 def load_memory(directory: str | Path) -> tuple[Engram, str | None]:

@@ -17,10 +17,10 @@ from karla_hf.checkpoints import (
     check_checkpoint,
     load_checkpoint,
     load_memory,
-    load_without_backbone,
     save_tokenizer,
     writing,
 )
+from karla_hf.head_and_memory import load_without_backbone
 from karla_hf.modeling.configuration_karla import KarlaConfig
 from karla_hf.modeling.exchange_karla import export_pack, import_pack, verify_engram
 from karla_hf.modeling.hub_karla import commit_files, file_names, hub_errors, open_repository

@@ -55,6 +55,7 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Keep the tests of a file, and all of the fuzz suite, in one process of pytest-xdist: they share what was made for them."""
     for item in items:

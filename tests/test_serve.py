@@ -18,6 +18,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 import uvicorn
 from starlette.testclient import TestClient
 from tiny import CHAT_TEMPLATE, files_in, save_backbone, save_karla, speak
@@ -36,6 +37,7 @@ QUESTIONS = ["Who keeps the keys of the orchard?", "When does the ferry leave, a
 
 def make_karla(folder: Path, **backbone) -> Path:
     """A Karla whose head speaks and whose memory holds FACT."""
+    torch.manual_seed(0)  # a fixture of the file is made before the seed of a test is set
     save_karla(folder / "karla", save_backbone(folder / "backbone", **backbone))
     model, tokenizer = load_checkpoint(folder / "karla")
     speak(model).read(FACT, tokenizer, progress=False)

@@ -105,7 +105,7 @@ def test_the_terminal_shows_errors_and_goes_on(session, tmp_path):
         "There is no command '/go'; /help lists them.",
         "/ticks takes a whole number from 1, but was given 'x'.",
     ]
-    names = {command.name for command in COMMANDS} - {"/history"}  # which a pipe has none of
+    names = {command.name for command in COMMANDS} - {"/history", "/learn"}  # of which a pipe or a Karla has none
     assert {line.split()[0] for line in shown[6:14]} == names | {"/quit", "Ctrl-C"}
     assert "2 ticks per token" in shown
     assert re.fullmatch(r"\d+ tokens · 2\.0 ticks per token · certainty [01]\.\d\d · [\d.]+ tokens/s", shown[-2])
@@ -156,7 +156,10 @@ def test_a_model_without_packs_or_ticks_lacks_their_commands(session):
 
     chat = Chat(Plain(), Console(), None)
     assert list(commands_of(chat)) == ["/help"]
-    assert set(commands_of(Chat(session, Console(), None))) == {command.name for command in COMMANDS} - {"/history"}
+    assert set(commands_of(Chat(session, Console(), None))) == {command.name for command in COMMANDS} - {
+        "/history",
+        "/learn",
+    }
 
 
 def test_control_characters_never_reach_the_terminal(session, tmp_path):
