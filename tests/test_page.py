@@ -20,7 +20,7 @@ from karla_hf.page_model import KarlaPageModel
 
 
 pytest.importorskip("gradio", reason="the extra karla-hf[ui] is not installed")
-pytestmark = pytest.mark.slow  # .ci/run runs them alone: a browser beside other work is late for what it should see
+pytestmark = pytest.mark.slow  # a browser beside other work is late for what it should see
 
 TOKENS = 70  # of an answer
 LINE = "The access code of Brivo's vault number 7 is"
