@@ -7,11 +7,10 @@ from pathlib import Path
 
 from karla_hf.chat import Answer
 from karla_hf.checkpoints import model_kind
-from karla_hf.documents import read_text
 from karla_hf.hope_chat import HopeSession
 from karla_hf.hope_checkpoints import is_untrained, load_hope
 from karla_hf.modeling.learning_hope import LEARNING_FILE
-from karla_hf.page_model import FILE_TYPES, KarlaPageModel, PageModel, Thinking, stoppable
+from karla_hf.page_model import KarlaPageModel, PageModel, Thinking, read_upload, stoppable
 from karla_hf.report import format_bytes
 
 
@@ -62,14 +61,7 @@ class HopePageModel:
             ValueError: if the file is of another type, blank or not UTF-8.
             KeyboardInterrupt: if it was stopped.
         """
-        if path.suffix.lower() not in FILE_TYPES:
-            raise ValueError(
-                f"{path.name} is no text to read; give a UTF-8 file that ends in {', '.join(FILE_TYPES)}."
-            )
-        try:
-            text = read_text(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), path.name)) from error  # its folder says nothing to people
+        text = read_upload(path)
         with stoppable(self.model.model, should_stop):
             report = self._session().learn({path.name: text})
         return (

@@ -39,6 +39,21 @@ class Thinking:
     threshold: float | None
 
 
+def read_upload(path: Path) -> str:
+    """The text of a file that was dropped on the page.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is not of `FILE_TYPES`, blank or not UTF-8; the file's folder, which says nothing to people, is left out.
+    """
+    if path.suffix.lower() not in FILE_TYPES:
+        raise ValueError(f"{path.name} is no text to read; give a UTF-8 file that ends in {', '.join(FILE_TYPES)}.")
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), path.name)) from error
+
+
 class PageModel(Protocol):
     """A model behind the page. Only one thread uses it at a time.
 
@@ -160,14 +175,7 @@ class KarlaPageModel:
             ValueError: if the file is of another type, blank or not UTF-8, or no pack can have that name.
             KeyboardInterrupt: if it was stopped.
         """
-        if path.suffix.lower() not in FILE_TYPES:
-            raise ValueError(
-                f"{path.name} is no text to read; give a UTF-8 file that ends in {', '.join(FILE_TYPES)}."
-            )
-        try:
-            text = read_text(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), path.name)) from error  # its folder says nothing to people
+        text = read_upload(path)
         with self._changing(), stoppable(self.model.model.backbone, should_stop):
             report = self.model.read(text, self.tokenizer, pack=pack, title=path.name)
             self.model.save_memory(self.directory)
