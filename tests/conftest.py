@@ -42,6 +42,8 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
+NORMAL = torch.nn.init.normal_
+
 settings.register_profile("karla", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=300)  # other cases in every run, and more of them
 settings.load_profile("karla")
@@ -53,6 +55,9 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    yield
+    # transformers replaces torch's initialisers while it loads a model; two threads that load at once leave them replaced
+    assert torch.nn.init.normal_ is NORMAL
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups

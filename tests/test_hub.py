@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +254,8 @@ def save_with_pack(folder: Path) -> Path:
 
 def test_of_two_pushers_one_wins_and_the_other_is_told(folder, api, monkeypatch):
     hub.push(folder / "karla", "karla/race")
-    together = threading.Barrier(2)
+    fork = multiprocessing.get_context("fork")
+    together, results = fork.Barrier(2), fork.SimpleQueue()
     open_repository = publishing_karla.open_repository
 
     def open_together(*arguments, **options):
@@ -264,24 +264,25 @@ def test_of_two_pushers_one_wins_and_the_other_is_told(folder, api, monkeypatch)
         return head
 
     monkeypatch.setattr(publishing_karla, "open_repository", open_together)
-    results = []
 
     def push(pack):
         try:
-            results.append(hub.push(folder / "karla", "karla/race", packs=[pack], message=pack).commit_message)
+            results.put(hub.push(folder / "karla", "karla/race", packs=[pack], message=pack).commit_message)
         except OSError as error:
-            results.append(str(error))
+            results.put(str(error))
 
-    threads = [threading.Thread(target=push, args=(pack,)) for pack in ("ferry", "vault")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (told,) = [result for result in results if result not in ("ferry", "vault")]
+    processes = [fork.Process(target=push, args=(pack,)) for pack in ("ferry", "vault")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    found = [results.get(), results.get()]
+    (told,) = [result for result in found if result not in ("ferry", "vault")]
     assert told == (
         "Someone else pushed to karla/race in the meantime; pull what is there now and push again; nothing was pushed."
     )
-    (winner,) = set(results) - {told}
+    (winner,) = set(found) - {told}
     assert titles(api, "karla/race") == [winner, "Upload Karla", "initial commit"]
     assert list(KarlaForCausalLM.from_pretrained("karla/race").engram.packs) == [winner]
 

@@ -27,6 +27,7 @@ def never() -> bool:
 @pytest.fixture(scope="module")
 def karla(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page-model")
+    torch.manual_seed(0)  # a fixture of the file is made before the seed of a test is set
     return save_karla(folder / "karla", save_backbone(folder / "backbone", max_position_embeddings=512))
 
 
