@@ -135,7 +135,7 @@ class Page:
 
         dropped = self.file.upload(self.before_reading, tab, [self.stop_reading, self.note], **AT_ONCE)
         read = dropped.then(self.read, [self.file, self.pack, tab], self.note, **IN_TURN)
-        done = read.then(self.after_reading, None, [self.file, self.stop_reading], **AT_ONCE)
+        done = read.then(self.after_reading, tab, [self.file, self.stop_reading], **AT_ONCE)
         done.then(self.show_memory, tab, memory, **QUIETLY)
 
         self.stop.click(self.end, tab, None, **AT_ONCE)
@@ -163,9 +163,10 @@ class Page:
         if thinking and threshold == 1 and thinking.threshold is None:
             threshold = None
         pieces: SimpleQueue[str | None] = SimpleQueue()
+        messages = list(tab.messages)  # the worker adds to them while pieces of the answer are still to be shown
         with suppress(KeyboardInterrupt), _told():
             future = self._submit(
-                self.model.answer, tab.messages, tab.asked, pieces.put, should_stop=lambda: tab.stop or self.closing,
+                self.model.answer, messages, tab.asked, pieces.put, should_stop=lambda: tab.stop or self.closing,
                 ticks=ticks, threshold=threshold,
             )  # fmt: skip
             future.add_done_callback(lambda future: pieces.put(None))
@@ -177,7 +178,7 @@ class Page:
                 tab.stop = True
                 raise
             answer: Answer = future.result()
-            tab.asked, tab.speed = None, describe_speed(answer, thinking is not None)
+            tab.messages, tab.asked, tab.speed = messages, None, describe_speed(answer, thinking is not None)
             most = ticks or (thinking.ticks if thinking else 1)
             drawn = draw_thoughts(answer, self.model.tokenizer, most) if thinking else draw_text(answer.text)
             tab.drawn.append(drawn)
@@ -185,7 +186,7 @@ class Page:
 
     def after_answer(self, tab: Tab, draws: bool = False) -> tuple:
         """Make ready for the next line; one that could not be answered is given back."""
-        line, tab.asked = tab.asked, None
+        line, tab.asked, tab.ended = tab.asked, None, tab.ended + 1
         back = gr.skip() if line is None else line
         return back, tab.show(draws), gr.update(visible=True), gr.update(visible=False)
 
@@ -210,8 +211,9 @@ class Page:
             shutil.rmtree(Path(file).parent, ignore_errors=True)
         return draw_note(note)
 
-    def after_reading(self) -> tuple:
+    def after_reading(self, tab: Tab) -> tuple:
         """Make ready for the next file."""
+        tab.ended += 1
         return None, gr.update(visible=False)
 
     def end(self, tab: Tab) -> None:
@@ -250,7 +252,7 @@ class Page:
         shown: list = [gr.skip()] * (3 if self.packed else 1)
         with _told():
             facts = self._submit(self.model.describe).result()
-            shown[0] = draw_facts({**facts, **tab.speed})
+            shown[0] = draw_facts({**facts, **tab.speed}, tab.ended)
             if self.packed:
                 packs = self._submit(self.packed.packs).result()
                 names = tab.listed = [pack.name for pack in packs]

@@ -51,6 +51,7 @@ class Tab:
         stop_reading: whether what is being read shall end.
         speed: facts on the last answer.
         listed: packs that it shows.
+        ended: how many answers and readings have ended, however they did.
     """
 
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Tab:
     stop_reading: bool = False
     speed: dict[str, str] = field(default_factory=dict)
     listed: list[str] = field(default_factory=list)
+    ended: int = 0
 
     def show(self, draws: bool) -> list[dict[str, str]]:
         """The conversation as the chatbot takes it: what people said as it stands, answers drawn or as Markdown."""
@@ -123,15 +125,19 @@ def draw_thoughts(answer: Answer, tokenizer: PreTrainedTokenizerBase, most: int)
     return _block("".join(drawn) + _lines(answer.text[len(text) :]))
 
 
-def draw_facts(facts: Mapping[str, str]) -> str:
+def draw_facts(facts: Mapping[str, str], ended: int) -> str:
     """Names and values in two columns.
 
+    Args:
+        facts: values by name.
+        ended: how many answers and readings have ended, for scripts that wait for one.
+
     Example:
-        >>> draw_facts({"packs": "2"})
-        '<dl class="karla-facts"><dt>packs</dt><dd>2</dd></dl>'
+        >>> draw_facts({"packs": "2"}, ended=3)
+        '<dl class="karla-facts" data-ended="3"><dt>packs</dt><dd>2</dd></dl>'
     """
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f'<dl class="karla-facts">{rows}</dl>'
+    return f'<dl class="karla-facts" data-ended="{ended}">{rows}</dl>'
 
 
 def draw_note(text: str) -> str:

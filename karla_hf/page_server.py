@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -47,36 +48,71 @@ class Guard:
     Args:
         app: what answers.
         port: where it listens.
+        closing: set when the server ends; streams that are still open end then.
     """
 
-    def __init__(self, app: ASGIApp, port: int):
-        self.app = app
+    def __init__(self, app: ASGIApp, port: int, closing: asyncio.Event):
+        self.app, self.closing = app, closing
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
+        unfinished = False
 
         async def send_with_policy(message: Message) -> None:
+            nonlocal unfinished
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY  # keeps what an answer shows from calling other hosts
                 headers["Referrer-Policy"] = "no-referrer"
                 headers["X-Content-Type-Options"] = "nosniff"
+            unfinished = message.get("more_body", message["type"] == "http.response.start")
             await send(message)
 
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            origin = headers.get("origin")
-            if headers.get("host") not in self.hosts or (
-                origin is not None and origin.partition("://")[2] not in self.hosts
-            ):
-                await PlainTextResponse("This page is for this machine only.", 403)(scope, receive, send)
-                return
-            path = scope["path"]
-            if path.startswith(API) and not path.removeprefix(API).startswith(ROUTES):
-                await PlainTextResponse("The page does not need this.", 404)(scope, receive, send)
-                return
-        await self.app(scope, receive, send_with_policy)
+        async def receive_until_closing() -> Message:
+            tasks = [asyncio.ensure_future(awaitable) for awaitable in (receive(), self.closing.wait())]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                return tasks[0].result() if tasks[0].done() else {"type": "http.disconnect"}
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers, path = Headers(scope=scope), scope["path"]
+        origin = headers.get("origin")
+        if headers.get("host") not in self.hosts or (
+            origin is not None and origin.partition("://")[2] not in self.hosts
+        ):
+            await PlainTextResponse("This page is for this machine only.", 403)(scope, receive, send)
+        elif path.startswith(API) and not path.removeprefix(API).startswith(ROUTES):
+            await PlainTextResponse("The page does not need this.", 404)(scope, receive, send)
+        else:
+            await self.app(scope, receive_until_closing, send_with_policy)
+            if unfinished:
+                await send({"type": "http.response.body"})
+
+
+class PageServer(uvicorn.Server):
+    """A server that tells its page when it ends.
+
+    Args:
+        config: of uvicorn.
+        page: the page.
+        closing: set when the server ends.
+    """
+
+    def __init__(self, config: uvicorn.Config, page: Page, closing: asyncio.Event):
+        super().__init__(config)
+        self.page, self.closing = page, closing
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is being answered or read, and the streams to the browsers, before the server itself."""
+        self.page.closing = True
+        self.closing.set()
+        await super().shutdown(sockets)
 
 
 def serve_page(model: PageModel, port: int, on_ready: Callable[[str], None]) -> None:
@@ -95,14 +131,16 @@ def serve_page(model: PageModel, port: int, on_ready: Callable[[str], None]) -> 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener, tempfile.TemporaryDirectory(prefix="karla-page-") as uploads, suppress(KeyboardInterrupt):
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = Page(model)
+        page, closing = Page(model), asyncio.Event()
+        page.blocks.has_launched = True  # without it, Gradio takes any path for that of an uploaded file
         app = FastAPI(openapi_url=None)
-        app.add_middleware(Guard, port=port)
+        app.add_middleware(Guard, port=port, closing=closing)
         font, mono = ("ui-sans-serif", "system-ui", "sans-serif"), ("ui-monospace", "monospace")
         gr.mount_gradio_app(
             app,
             page.blocks.queue(default_concurrency_limit=1),
             "/",
+            app_kwargs={"openapi_url": None},
             footer_links=[],
             run_history=False,
             allowed_paths=[],
@@ -119,7 +157,7 @@ def serve_page(model: PageModel, port: int, on_ready: Callable[[str], None]) -> 
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         try:
             on_ready(f"http://{HOST}:{port}")
-            uvicorn.Server(config).run(sockets=[listener])
+            PageServer(config, page, closing).run(sockets=[listener])
         finally:
             page.close()
 

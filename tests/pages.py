@@ -56,21 +56,6 @@ class Server:
         shutil.rmtree(self.uploads)
 
 
-# Counts how often something that a Stop button would have stopped has ended, however short the button was there.
-COUNT = """() => {
-    window.ended = {"stop": 0, "stop-reading": 0};
-    const there = {};
-    const look = () => {
-        for (const id in window.ended) {
-            const now = !!document.getElementById(id)?.checkVisibility();
-            if (there[id] && !now) window.ended[id] += 1;
-            there[id] = now;
-        }
-    };
-    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true});
-}"""
-
-
 class Tab:
     """A browser tab with the page."""
 
@@ -84,34 +69,21 @@ class Tab:
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.goto(address)
         self.page.wait_for_selector("#facts dd")
-        self.page.evaluate(COUNT)
-        self.ended = {"stop": 0, "stop-reading": 0}
-        self.answers, self.note = 0, ""  # when the last line was sent, and the last file dropped
+        self.ended = 0  # answers and readings that were waited for
 
-    def wait_for_end(self, button: str) -> None:
-        """Wait until what this Stop button would stop has ended once more than at the last call."""
-        self.page.wait_for_function(
-            """([button, ended, answers, note]) => {
-                const hidden = !document.getElementById(button)?.checkVisibility();
-                const said = document.querySelector("#note").innerText;
-                const done = button === "stop"
-                    ? document.querySelectorAll("#chat .bot").length > answers
-                    : document.querySelector(".toast-body") || (said !== note && !said.includes("%"));
-                return window.ended[button] > ended || (hidden && done);
-            }""",
-            arg=[button, self.ended[button], self.answers, self.note],
-        )
-        self.ended[button] = self.page.evaluate(f"window.ended['{button}']")
+    def wait_for_end(self) -> None:
+        """Wait until one more answer or reading has ended."""
+        self.ended += 1
+        self.page.wait_for_selector(f"#facts [data-ended='{self.ended}']")
 
     def start(self, line: str) -> None:
         """Send a line."""
-        self.answers = self.page.locator("#chat .bot").count()
         self.page.fill("#line textarea", line)
         self.page.click("#send")
 
     def finish(self) -> str:
         """Wait for the answer and return its text as it is shown."""
-        self.wait_for_end("stop")
+        self.wait_for_end()
         return self.answer()
 
     def answer(self) -> str:
@@ -130,7 +102,6 @@ class Tab:
 
     def start_reading(self, path: Path, pack: str = "default") -> None:
         """Drop a file."""
-        self.note = self.page.locator("#note").inner_text()
         self.page.fill("#pack input, #pack textarea", pack)
         self.page.set_input_files("#file input[type=file]", path)
 
@@ -141,7 +112,7 @@ class Tab:
 
     def wait_for_note(self) -> str:
         """Wait until nothing is being read, and return what is said of it; of a failure, the warning."""
-        self.wait_for_end("stop-reading")
+        self.wait_for_end()
         self.page.wait_for_selector("#file input[type=file]", state="attached")
         return self.page.locator("#note").inner_text().strip()
 

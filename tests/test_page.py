@@ -20,7 +20,6 @@ from karla_hf.page_model import KarlaPageModel
 
 
 pytest.importorskip("gradio", reason="the extra karla-hf[ui] is not installed")
-pytestmark = pytest.mark.slow  # a browser beside other work is late for what it should see
 
 TOKENS = 70  # of an answer
 LINE = "The access code of Brivo's vault number 7 is"
@@ -262,7 +261,7 @@ def test_errors_are_one_sentence_and_nothing_is_lost(open_tab, server, karla, wr
     tab.start("A message without end. " * 800)
     (said,) = tab.warnings()
     assert "but the context has room for" in said
-    tab.wait_for_end("stop")
+    tab.wait_for_end()
     assert tab.page.input_value("#line textarea").startswith("A message without end.")
     assert tab.say(LINE).startswith("123-456")
 
@@ -357,7 +356,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(karla, browser, write):
     tab.page.wait_for_function("document.querySelector('#note').innerText.includes('%')")
     assert server.stop() == 0
     assert "Traceback" not in server.errors()
-    assert [path for path in server.uploads.iterdir() if path.name != "stderr"] == []
+    assert [path.name for path in server.uploads.rglob("*") if path.is_file()] == ["stderr"]
     assert files_in(karla) == stored
     tab.context.close()
     server.close()
