@@ -69,6 +69,10 @@ class HopePageModel:
             f"{report.losses_before[0]:.2f} before, {report.losses_after[0]:.2f} after."
         )
 
+    def forget_learned(self) -> str:
+        """Undo all that was learned by reading, here and in the folder; returns a sentence about that."""
+        return f"Forgot {self._session().forget_learned():,} chunks."
+
     def describe(self) -> dict[str, str]:
         """How much was learned by reading, and whether the model was trained before."""
         path = self.directory / LEARNING_FILE

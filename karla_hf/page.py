@@ -33,7 +33,7 @@ from karla_hf.page_html import (
     draw_thoughts,
     pack_label,
 )
-from karla_hf.page_model import PackedModel, PageModel
+from karla_hf.page_model import LearningModel, PackedModel, PageModel
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Page:
     def __init__(self, model: PageModel):
         self.model = model
         self.packed = model if isinstance(model, PackedModel) else None
+        self.learner = model if isinstance(model, LearningModel) else None
         self.closing = False
         self._worker = ThreadPoolExecutor(1, "karla-model")
         self.blocks = self._build()
@@ -101,6 +102,8 @@ class Page:
             self.note = gr.HTML(elem_id="note")
             self.stop_reading = gr.Button("Stop reading", variant="stop", size="sm", visible=False,
                                           elem_id="stop-reading")  # fmt: skip
+            if self.learner:
+                self.forget = gr.Button("Forget all that was learned", size="sm", elem_id="forget")
 
     def _build_packs(self) -> None:
         with gr.Accordion("Packs"):
@@ -143,6 +146,8 @@ class Page:
         if self.packed:
             self.loaded.input(self.use_packs, [self.loaded, tab], memory, **QUIETLY)
             self.forget.click(self.forget_pack, [self.victim, tab], [self.note, *memory], **QUIETLY)
+        if self.learner:
+            self.forget.click(self.forget_learned, tab, [self.note, *memory], **QUIETLY)
         if self.model.thinking:
             self.draws.change(Tab.show, [tab, self.draws], self.chat, **AT_ONCE)
 
@@ -245,6 +250,14 @@ class Page:
                 raise ValueError("No pack is chosen; choose the one to forget.")
             self._submit(self.packed.forget, pack).result()
             note = f"Forgot {pack}."
+        return [draw_note(note), *self.show_memory(tab)]
+
+    def forget_learned(self, tab: Tab) -> list:
+        """Undo all that was learned by reading."""
+        assert self.learner is not None
+        note = ""
+        with _told():
+            note = self._submit(self.learner.forget_learned).result()
         return [draw_note(note), *self.show_memory(tab)]
 
     def show_memory(self, tab: Tab) -> list:

@@ -108,6 +108,14 @@ class PackedModel(Protocol):
         """Remove a pack for good."""
 
 
+@runtime_checkable
+class LearningModel(Protocol):
+    """What a model has besides if reading changes its weights."""
+
+    def forget_learned(self) -> str:
+        """Undo all that was learned by reading, for good; returns a sentence about that."""
+
+
 class KarlaPageModel:
     """A Karla behind the page: conversations share its memory.
 

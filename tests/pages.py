@@ -102,7 +102,8 @@ class Tab:
 
     def start_reading(self, path: Path, pack: str = "default") -> None:
         """Drop a file."""
-        self.page.fill("#pack input, #pack textarea", pack)
+        if self.page.locator("#pack").count():
+            self.page.fill("#pack input, #pack textarea", pack)
         self.page.set_input_files("#file input[type=file]", path)
 
     def read(self, path: Path, pack: str = "default") -> str:

@@ -255,6 +255,9 @@ def test_the_page_talks_to_a_hope(hope, tmp_path):
     assert files_in(hope) == stored
     with pytest.raises(ValueError, match=r"x\.bin is no text to read"):
         page.read(tmp_path / "x.bin", "default", should_stop=lambda: False)
+    chunks = page.model.learning_step
+    assert page.forget_learned() == f"Forgot {chunks:,} chunks."
+    assert page.answer([], LINE, ignore, should_stop=lambda: False).text == answer.text
     assert page.answer([], LINE, ignore, should_stop=lambda: True).stopped
 
 

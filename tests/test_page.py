@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pages import Server, Tab, open_browser
 from tiny import files_in, save_backbone, save_karla
+from tiny_hope import save_encoder, save_hope, save_trained
 
 from karla_hf.chat import ChatSession
 from karla_hf.checkpoints import load_checkpoint, load_memory
@@ -155,6 +156,27 @@ def test_reading_and_unloading_and_forgetting_change_an_answer(open_tab, server,
     tab.clear()
     assert tab.say(LINE) == before
     assert not load_memory(karla)[0].packs
+
+
+def test_a_hope_learns_a_file_and_forgets_it(browser, tmp_path, write):
+    hope = save_trained(tmp_path / "hope", save_hope(tmp_path / "new", save_encoder(tmp_path / "encoder")))
+    server = Server(hope, "--max-new-tokens", "20")
+    tab = Tab(browser, server.address)
+    assert tab.page.locator("#packs").count() == tab.page.locator("#ticks").count() == 0
+    before = tab.say(LINE)
+    assert tab.read(write(FACT * 20)).startswith("Learned ")
+    assert tab.facts()["learned by reading"] != "0 chunks"
+    tab.clear()
+    assert tab.say(LINE) != before
+    tab.photograph("hope")
+    tab.page.click("#forget")
+    tab.page.wait_for_function("document.querySelector('#facts').innerText.includes('0 chunks')")
+    assert tab.page.locator("#note").inner_text().startswith("Forgot ")
+    tab.clear()
+    assert tab.say(LINE) == before
+    assert tab.problems == []
+    tab.context.close()
+    server.close()
 
 
 MARKUP = "<img src=x onerror='window.PWN=1'>"
