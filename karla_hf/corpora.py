@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, load_dataset
 
-from karla_hf.documents import python_reference, read_text
+from karla_hf.documents import find_texts, python_reference, read_text
 
 
 PYTHON_REFERENCE = "python-reference"
@@ -40,7 +40,8 @@ def load_corpus(
 
     Args:
         name: "python-reference", or a data set on the Hub. Not needed with `files`.
-        files: paths; `.jsonl` files hold a row on each line, every other file is one text.
+        files: paths; `.jsonl` files hold a row on each line, every other file is one text, a folder holds those that
+            `find_texts` finds.
         config: the Hub data set's configuration.
         split: the Hub data set's split.
         held_out_share: share of the rows that is held out, drawn with a fixed seed. A single text gives its end. The
@@ -109,6 +110,8 @@ def _cut_text(text: str, held_out_share: float) -> Corpus:
 
 
 def _read_rows(path: Path) -> list[dict]:
+    if path.is_dir():
+        return [{"text": text} for text in find_texts(path).texts.values()]
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [{"text": text}]

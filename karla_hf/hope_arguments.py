@@ -29,7 +29,7 @@ class HopeArguments:
         dataset_name: "python-reference" (the Python language reference, there without a network) or a Hub data set.
         dataset_config: its configuration on the Hub.
         dataset_split: its split on the Hub.
-        dataset_files: files to train on instead of a named data set.
+        dataset_files: files, or folders of texts, to train on instead of a named data set.
         held_out_share: share of the rows that is kept from training; the Python reference has a fixed split instead.
         streaming: read a Hub data set as far as training gets, without a copy of it on this machine; needs `max_steps`.
         held_out_rows: so many first rows of a stream are kept from training.

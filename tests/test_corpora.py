@@ -106,6 +106,15 @@ def test_too_little_text_is_refused(tmp_path):
         load_corpus(files=[tmp_path / "one.jsonl"])
 
 
+def test_of_a_folder_every_text_is_a_row(tmp_path):
+    (tmp_path / "docs" / "b").mkdir(parents=True)
+    (tmp_path / "docs" / "a.rst").write_text("The first.")
+    (tmp_path / "docs" / "b" / "c.txt").write_text("The second.")
+    (tmp_path / "docs" / "d.bin").write_bytes(b"\xff")
+    corpus = load_corpus(files=[tmp_path / "docs"], held_out_share=0.5)
+    assert sorted([*corpus.train["text"], *corpus.held_out["text"]]) == ["The first.", "The second."]
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "none.txt"))):
         load_corpus(files=[tmp_path / "none.txt"])

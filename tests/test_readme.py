@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ COMMANDS = [line for block in SHELL for line in block.splitlines() if line.start
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    shutil.copy(ROOT / "CHANGELOG.md", tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
