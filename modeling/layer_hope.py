@@ -16,6 +16,7 @@ from .delta_hope import FastWeights, Span, Streams, num_rows, run_fast_weights
 from .frames_hope import Frame
 
 
+START_RATE = -2.0  # eta = sigmoid of it, 0.12: a write erases little of its neighbours' until training opens the gate
 START_DECAY = (2.0, 6.0)  # alpha = sigmoid of it: half lives of 5 to 280 tokens over the heads
 
 
@@ -133,6 +134,20 @@ def start_decays(num_heads: int) -> torch.Tensor:
         [2.0, 4.0, 6.0]
     """
     return torch.linspace(*START_DECAY, num_heads)
+
+
+def start_taps(channels: int, size: int) -> torch.Tensor:
+    """[3 D, k] taps of the convolution: queries and values of this token, keys of the one before.
+
+    With projections of keys that start as those of queries, a token's query finds what followed the same token before.
+
+    Example:
+        >>> start_taps(3, 4).tolist()
+        [[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+    """
+    taps = torch.zeros(3, channels // 3, size)
+    taps[0, :, -1] = taps[1, :, max(size - 2, 0)] = taps[2, :, -1] = 1.0
+    return taps.flatten(0, 1)
 
 
 def residual_scale(num_layers: int, branches: int) -> float:

@@ -32,7 +32,7 @@ from .encoder_hope import (
     weights_sha256,
 )
 from .frames_hope import Frame
-from .layer_hope import Block, Plan, SelfModifyingMemory, residual_scale, start_decays
+from .layer_hope import START_RATE, Block, Plan, SelfModifyingMemory, residual_scale, start_decays, start_taps
 from .learning_hope import HopeLearningMixin, LearnedLevelsMixin
 
 
@@ -58,11 +58,13 @@ class HopePreTrainedModel(HopeCheckpointMixin, LearnedLevelsMixin, PreTrainedMod
         elif isinstance(module, SlowMemory) and self.config.encoder_context != "none":
             init.zeros_(module.gate)
         if isinstance(module, SelfModifyingMemory):
-            bound = module.conv.shape[1] ** -0.5
-            init.uniform_(module.conv, -bound, bound)
+            query, _, value = module.streams.weight.chunk(3)
+            init.copy_(module.streams.weight, torch.cat([query, query, value]))
+            init.copy_(module.conv, start_taps(*module.conv.shape))
             init.normal_(module.start, std=std)
             init.normal_(module.out.weight, std=std * scale)
             bias = torch.zeros(module.num_heads, 4)
+            bias[:, 0] = START_RATE
             bias[:, 1] = start_decays(module.num_heads)
             init.copy_(module.gates.bias, bias.flatten())
         elif isinstance(module, Level):

@@ -1,4 +1,5 @@
 import json
+import math
 import random
 from itertools import chain
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from test_cli import refuse, succeed
+from tiny import VOCAB_SIZE, make_tokenizer
 from tiny_hope import HOPE_OPTIONS, save_encoder, save_hope
-from transformers import TrainingArguments
+from transformers import ModernBertConfig, ModernBertModel, TrainingArguments
 
 from karla_hf import hope_data
 from karla_hf.facts import make_facts
@@ -147,6 +149,30 @@ def test_a_stream_is_read_as_far_as_training_gets(folder, recipe, tmp_path, monk
     checkpoint = str(tmp_path / "out" / "checkpoint-4")
     run_hope_recipe(recipe, ["--output_dir", str(again), "--resume_from_checkpoint", checkpoint])
     assert same(weights(again), straight)
+
+
+def test_the_granite_recipe_takes_a_step_on_a_tiny_modernbert(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    ModernBertModel(ModernBertConfig(vocab_size=VOCAB_SIZE, **sizes)).save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    texts = [fact.text for fact in make_facts(200)]
+    monkeypatch.setattr(
+        hope_data, "load_dataset", lambda *a, **k: Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    )
+    small = {
+        "encoder_name_or_path": tmp_path / "encoder", "output_dir": tmp_path / "out", "num_hidden_layers": 2,
+        "sequence_length": 160, "held_out_rows": 20, "max_steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2, "use_cpu": "true", "disable_tqdm": "true", "dataloader_pin_memory": "false",
+    }  # fmt: skip
+    overrides = [str(part) for key, value in small.items() for part in (f"--{key}", value)]
+    summary = run_hope_recipe(RECIPES / "hope-granite" / "pretrain.yaml", overrides)
+    assert (summary["steps"], summary["trained_tokens"]) == (1, 2 * 2 * 160)
+    model, _ = load_hope(tmp_path / "out")
+    assert not is_untrained(model)
+    assert type(model.model.slow.encoder).__name__ == "ModernBertModel"
+    assert math.isfinite(summary["losses"]["HOPE"])
 
 
 def test_texts_are_packed_end_to_end(folder):

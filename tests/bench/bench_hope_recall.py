@@ -1,35 +1,57 @@
-"""Associative recall: keys are written once or twice and read later, by HOPE's delta rule and by plain Hebbian writes."""
+"""Associative recall: keys are written and read later, by HOPE's delta rule and by plain Hebbian writes.
 
+32 writes of as many keys ("written once"), and 24 writes of 8 keys in random order, where the last value counts
+("overwritten"). Both arms train with the same recipe; mean and least of three seeds. `memory` rows need no training: one
+matrix of 16 x 16, random keys and values, the same two tasks, read back as the nearest value.
+"""
+
+import math
+import statistics
 import time
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from karla_hf import HopeConfig, HopeForCausalLM
 from karla_hf.modeling import delta_hope
 
 
-KEYS, VALUES = 48, 16
-PAIRS = {"written once": 24, "written twice": 12}  # 24 writes each
-STEPS, BATCH, ASKED = 800, 32, 20  # the last: batches of the measurement
+KEYS, VALUES, HIDDEN, HEADS = 64, 16, 32, 2
+TASKS = {"written once": (32, 32), "overwritten": (24, 8)}  # writes, different keys
+ARMS = {"delta rule": False, "Hebbian writes": True}
+STEPS, BATCH, ASKED, SEEDS = 400, 32, 20, (0, 1, 2)  # ASKED: batches of the measurement
+COLUMNS = ("recalled", "least", "most", "loss", "CPU seconds")
+HEAD_DIM, MEMORIES, RATES = 16, 2000, (1.0, 0.5, 0.25)  # of the untrained memory
 ENCODER = {
-    "model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32,
+    "model_type": "bert", "hidden_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32,
     "vocab_size": KEYS + VALUES, "initializer_range": 1.0,
 }  # fmt: skip
 
 
+def make_writes(generator, count, task):
+    """Which key is written when, and its value, both [count, writes]; and all keys' last values [count, keys]."""
+    writes, keys = TASKS[task]
+    which = torch.cat(
+        [torch.arange(keys).expand(count, keys), torch.randint(keys, (count, writes - keys), generator=generator)],
+        dim=1,
+    )
+    which = which.gather(1, torch.rand(count, writes, generator=generator).argsort(1))
+    values = torch.randint(VALUES, (count, writes), generator=generator)
+    last = torch.zeros(count, keys, dtype=torch.int64)
+    for t in range(writes):
+        last.scatter_(1, which[:, t : t + 1], values[:, t : t + 1])
+    return which, values, last
+
+
 def make_batch(generator, count, task):
-    """[count, 48 + 2 P] tokens: P different keys, each with a value, in each round anew; then all keys with their last values."""
-    pairs = PAIRS[task]
-    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, :pairs]
-    parts = []
-    for number in range(24 // pairs + 1):
-        order = torch.rand(count, pairs, generator=generator).argsort(1)
-        if number < 24 // pairs:
-            values = torch.randint(KEYS, KEYS + VALUES, (count, pairs), generator=generator)
-        parts.append(torch.stack([keys.gather(1, order), values.gather(1, order)], dim=-1).flatten(1))
-    return torch.cat(parts, dim=1)
+    """[count, 2 writes + 2 keys] tokens: pairs of key and value, then every key that was written with its last value."""
+    which, values, last = make_writes(generator, count, task)
+    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, : TASKS[task][1]]
+    order = torch.rand(keys.shape, generator=generator).argsort(1)
+    written = torch.stack([keys.gather(1, which), KEYS + values], dim=-1).flatten(1)
+    asked = torch.stack([keys.gather(1, order), KEYS + last.gather(1, order)], dim=-1).flatten(1)
+    return torch.cat([written, asked], dim=1)
 
 
 def hebbian_chunk(running, query, key, target, eta, log_alpha):
@@ -54,46 +76,73 @@ def hebbian_writes():
         delta_hope._chunk, delta_hope._token = chunk, token
 
 
-def learn(task, steps=STEPS, seed=0):
-    """A small HOPE trained on the task; returns the share of values recalled, of chance 1 / VALUES, and the last loss."""
-    torch.manual_seed(seed)
-    config = HopeConfig(
-        encoder_config=ENCODER, encoder_context="none", hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        chunk_size=64, snapshot_periods=[64], level_sizes=[32], level_periods=[1], initializer_range=0.1,
-    )  # fmt: skip
-    model = HopeForCausalLM(config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(seed + 1)
-    for _ in range(steps):
-        loss, _ = measure(model, make_batch(generator, BATCH, task))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        model.eval()
-        found = [measure(model, make_batch(generator, BATCH, task)) for _ in range(ASKED)]
+def learn(task, hebbian, steps=STEPS, seed=0):
+    """A small HOPE trained on the task; returns the share of values recalled, of chance 1 / VALUES, and the loss."""
+    with hebbian_writes() if hebbian else nullcontext():
+        torch.manual_seed(seed)
+        config = HopeConfig(
+            encoder_config=ENCODER, encoder_context="none", hidden_size=HIDDEN, num_hidden_layers=1,
+            num_attention_heads=HEADS, chunk_size=64, snapshot_periods=[64], level_sizes=[HIDDEN], level_periods=[1],
+            initializer_range=0.1,
+        )  # fmt: skip
+        model = HopeForCausalLM(config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
+        generator = torch.Generator().manual_seed(seed + 1)
+        for _ in range(steps):
+            loss, _ = measure(model, make_batch(generator, BATCH, task), task)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            model.eval()
+            found = [measure(model, make_batch(generator, BATCH, task), task) for _ in range(ASKED)]
     loss, right = (sum(numbers) / ASKED for numbers in zip(*found, strict=True))
     return {"recalled": float(right), "loss": float(loss)}
 
 
-def measure(model, ids):
+def measure(model, ids, task):
     """Loss and share of right answers where a key is read."""
-    logits = model(ids[:, :-1], use_cache=False).logits[:, 48::2, KEYS:]
-    answers = ids[:, 49::2] - KEYS
+    start = 2 * TASKS[task][0]
+    logits = model(ids[:, :-1], use_cache=False).logits[:, start::2, KEYS:]
+    answers = ids[:, start + 1 :: 2] - KEYS
     right = (logits.argmax(-1) == answers).float().mean()
     return cross_entropy(logits.flatten(0, 1), answers.flatten()), right
+
+
+def recall_untrained(task, rate=None):
+    """Share of values that one matrix recalls of random unit keys and values; `rate` of the delta rule, None: Hebbian."""
+    generator = torch.Generator().manual_seed(0)
+    which, values, last = make_writes(generator, MEMORIES, task)
+    keys, codes = (
+        normalize(torch.randn(MEMORIES, count, HEAD_DIM, generator=generator), dim=-1)
+        for count in (TASKS[task][1], VALUES)
+    )
+    memory, rows = torch.zeros(MEMORIES, HEAD_DIM, HEAD_DIM), torch.arange(MEMORIES)
+    for t in range(which.shape[1]):
+        key, code = keys[rows, which[:, t]], codes[rows, values[:, t]]
+        write = code if rate is None else rate * (code - torch.einsum("nij,nj->ni", memory, key))
+        memory += torch.einsum("ni,nj->nij", write, key)
+    return float(((keys @ memory.mT @ codes.mT).argmax(-1) == last).float().mean())
 
 
 def run():
     """Share of values recalled, loss in nats, and CPU seconds, with and without the delta rule."""
     rows = {}
-    for task in PAIRS:
-        for name, writes in (("delta rule", nullcontext), ("Hebbian writes", hebbian_writes)):
+    for task in TASKS:
+        for rate in (*RATES, None):
+            name = "Hebbian writes" if rate is None else f"delta rule at {rate}"
+            rows[f"{task}, memory, {name}"] = {
+                **dict.fromkeys(COLUMNS, math.nan),
+                "recalled": recall_untrained(task, rate),
+            }
+        for name, hebbian in ARMS.items():
             began = time.process_time()
-            with writes():
-                found = learn(task)
-            rows[f"{task}, {name}"] = {**found, "CPU seconds": time.process_time() - began}
-    return {"rows": rows, "keys": KEYS, "values": VALUES, "steps": STEPS}
+            found = [learn(task, hebbian, seed=seed) for seed in SEEDS]
+            recalled, losses = ([result[column] for result in found] for column in ("recalled", "loss"))
+            mean, loss = (statistics.mean(numbers) for numbers in (recalled, losses))
+            numbers = (mean, min(recalled), max(recalled), loss, time.process_time() - began)
+            rows[f"{task}, {name}"] = dict(zip(COLUMNS, numbers, strict=True))
+    return {"rows": rows, "keys": KEYS, "values": VALUES, "steps": STEPS, "seeds": len(SEEDS)}

@@ -5,6 +5,8 @@ import torch
 from small_hope import CHUNK, ENCODER, SIZES, in_pieces, make_hope, tokens
 
 from karla_hf import HopeConfig, HopeForCausalLM
+from karla_hf.modeling import layer_hope
+from karla_hf.modeling.delta_hope import run_fast_weights
 from karla_hf.modeling.encoder_hope import SlowMemory
 
 
@@ -178,6 +180,30 @@ def test_levels_come_as_parameter_groups():
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(groups[2]["params"]) == 3 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("conv_size", [1, 4])
+def test_fresh_keys_are_the_queries_of_the_token_before(conv_size, monkeypatch):
+    model, ids, seen = make_hope(num_hidden_layers=1, conv_size=conv_size), tokens(), []
+
+    def watched(streams, *rest):
+        seen.append(streams)
+        return run_fast_weights(streams, *rest)
+
+    monkeypatch.setattr(layer_hope, "run_fast_weights", watched)
+    model(ids, use_cache=False)
+    query, key, _, _ = seen[0]
+    late = conv_size > 1  # a convolution of one token has no token before
+    torch.testing.assert_close(key[:, late:], query[:, : query.shape[1] - late])
+
+
+def test_trained_keys_are_not_started_anew_by_loading(tmp_path):
+    model, ids = make_hope(torch.float32), tokens()
+    memory = model.model.layers[0].memory
+    torch.nn.init.normal_(memory.streams.weight, std=0.3)
+    torch.nn.init.normal_(memory.conv)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(HopeForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
 def test_granite_shaped_encoder():
