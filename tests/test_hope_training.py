@@ -234,3 +234,5 @@ def test_the_recipes_of_this_package_can_be_read():
     assert (granite.arguments.streaming, granite.options["num_hidden_layers"]) == (True, 32)
     minilm = parse_hope_recipe(RECIPES / "hope-minilm" / "pretrain.yaml")
     assert minilm.training.bf16
+    docs = parse_hope_recipe(RECIPES / "hope-minilm" / "python-docs.yaml")
+    assert docs.options == minilm.options

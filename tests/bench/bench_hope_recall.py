@@ -1,8 +1,8 @@
 """Associative recall: keys are written and read later, by HOPE's delta rule and by plain Hebbian writes.
 
-32 writes of as many keys ("written once"), and 24 writes of 8 keys in random order, where the last value counts
-("overwritten"). Both arms train with the same recipe; mean and least of three seeds. `memory` rows need no training: one
-matrix of 16 x 16, random keys and values, the same two tasks, read back as the nearest value.
+32 keys, each written once; 8 keys, each written once among 40 writes of 4 others, which are not asked for; 24 writes of 8
+keys in random order, where the last value counts. Both arms train with the same recipe; mean, least and most of three seeds.
+`memory` rows need no training: one matrix of 16 x 16, random keys and values, the same tasks, read back as the nearest value.
 """
 
 import math
@@ -18,7 +18,11 @@ from karla_hf.modeling import delta_hope
 
 
 KEYS, VALUES, HIDDEN, HEADS = 64, 16, 32, 2
-TASKS = {"written once": (32, 32), "overwritten": (24, 8)}  # writes, different keys
+TASKS = {  # keys that are asked for, other keys, and writes besides the first of each: of the others, if there are any
+    "written once": (32, 0, 0),
+    "written once among others": (8, 4, 40),
+    "overwritten": (8, 0, 16),
+}
 ARMS = {"delta rule": False, "Hebbian writes": True}
 STEPS, BATCH, ASKED, SEEDS = 400, 32, 20, (0, 1, 2)  # ASKED: batches of the measurement
 COLUMNS = ("recalled", "least", "most", "loss", "CPU seconds")
@@ -30,28 +34,29 @@ ENCODER = {
 
 
 def make_writes(generator, count, task):
-    """Which key is written when, and its value, both [count, writes]; and all keys' last values [count, keys]."""
-    writes, keys = TASKS[task]
+    """Which key is written when, and its value, both [count, writes]; and the last values [count, keys] of those asked for."""
+    asked, others, more = TASKS[task]
+    span = (asked, asked + others) if others else (0, asked)
     which = torch.cat(
-        [torch.arange(keys).expand(count, keys), torch.randint(keys, (count, writes - keys), generator=generator)],
-        dim=1,
+        [torch.arange(asked).expand(count, asked), torch.randint(*span, (count, more), generator=generator)], dim=1
     )
-    which = which.gather(1, torch.rand(count, writes, generator=generator).argsort(1))
-    values = torch.randint(VALUES, (count, writes), generator=generator)
-    last = torch.zeros(count, keys, dtype=torch.int64)
-    for t in range(writes):
+    which = which.gather(1, torch.rand(which.shape, generator=generator).argsort(1))
+    values = torch.randint(VALUES, which.shape, generator=generator)
+    last = torch.zeros(count, asked + others, dtype=torch.int64)
+    for t in range(which.shape[1]):
         last.scatter_(1, which[:, t : t + 1], values[:, t : t + 1])
-    return which, values, last
+    return which, values, last[:, :asked]
 
 
 def make_batch(generator, count, task):
-    """[count, 2 writes + 2 keys] tokens: pairs of key and value, then every key that was written with its last value."""
+    """[count, 2 writes + 2 asked] tokens: pairs of key and value, then every key that is asked for with its last value."""
+    asked, others, _ = TASKS[task]
     which, values, last = make_writes(generator, count, task)
-    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, : TASKS[task][1]]
-    order = torch.rand(keys.shape, generator=generator).argsort(1)
+    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, : asked + others]
+    order = torch.rand(count, asked, generator=generator).argsort(1)
     written = torch.stack([keys.gather(1, which), KEYS + values], dim=-1).flatten(1)
-    asked = torch.stack([keys.gather(1, order), KEYS + last.gather(1, order)], dim=-1).flatten(1)
-    return torch.cat([written, asked], dim=1)
+    answers = torch.stack([keys.gather(1, order), KEYS + last.gather(1, order)], dim=-1).flatten(1)
+    return torch.cat([written, answers], dim=1)
 
 
 def hebbian_chunk(running, query, key, target, eta, log_alpha):
@@ -105,7 +110,8 @@ def learn(task, hebbian, steps=STEPS, seed=0):
 
 def measure(model, ids, task):
     """Loss and share of right answers where a key is read."""
-    start = 2 * TASKS[task][0]
+    asked, _, more = TASKS[task]
+    start = 2 * (asked + more)
     logits = model(ids[:, :-1], use_cache=False).logits[:, start::2, KEYS:]
     answers = ids[:, start + 1 :: 2] - KEYS
     right = (logits.argmax(-1) == answers).float().mean()
@@ -118,14 +124,15 @@ def recall_untrained(task, rate=None):
     which, values, last = make_writes(generator, MEMORIES, task)
     keys, codes = (
         normalize(torch.randn(MEMORIES, count, HEAD_DIM, generator=generator), dim=-1)
-        for count in (TASKS[task][1], VALUES)
+        for count in (sum(TASKS[task][:2]), VALUES)
     )
     memory, rows = torch.zeros(MEMORIES, HEAD_DIM, HEAD_DIM), torch.arange(MEMORIES)
     for t in range(which.shape[1]):
         key, code = keys[rows, which[:, t]], codes[rows, values[:, t]]
         write = code if rate is None else rate * (code - torch.einsum("nij,nj->ni", memory, key))
         memory += torch.einsum("ni,nj->nij", write, key)
-    return float(((keys @ memory.mT @ codes.mT).argmax(-1) == last).float().mean())
+    read = (keys[:, : last.shape[1]] @ memory.mT @ codes.mT).argmax(-1)
+    return float((read == last).float().mean())
 
 
 def run():
