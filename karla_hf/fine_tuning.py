@@ -32,14 +32,14 @@ class FineTuneArguments(KarlaArguments, GrokkingOptions):
 
     phase: str = field(default="fine-tune", metadata={"help": "fine-tune."})
     probe_rows: int = field(default=512, metadata={"help": "Rows of the training data that are evaluated."})
-    max_loss_rise: float = field(default=0.01, metadata={"help": "Most that stopping early may cost."})
+    max_loss_rise: float = field(default=0.001, metadata={"help": "Most that stopping early may cost."})
 
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.probe_rows <= 512:
             raise ValueError(f"`probe_rows` is {self.probe_rows}; give a number from 1 to 512.")
         if self.max_loss_rise < 0:
-            raise ValueError(f"`max_loss_rise` is {self.max_loss_rise}; give 0 or more, such as 0.01.")
+            raise ValueError(f"`max_loss_rise` is {self.max_loss_rise}; give 0 or more, such as 0.001.")
 
 
 def run_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def run_finetune_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict
 
 
 def expect_ticks(
-    model: KarlaForCausalLM, trainer: KarlaSFTTrainer, rows: Dataset, max_rise: float = 0.01
+    model: KarlaForCausalLM, trainer: KarlaSFTTrainer, rows: Dataset, max_rise: float = 0.001
 ) -> dict[str, Any]:
     """How many ticks a Karla is expected to need on rows, at the threshold that costs at most a share of the loss.
 
