@@ -97,7 +97,7 @@ def measure(
 
     Returns:
         `memory_rows`; with texts `held_out_loss`, `backbone_loss`, `loss_without_memory` if it has rows, `tokens`,
-        `expected_ticks`, `threshold` and `loss_at_threshold`; with problems `pass@1`, `pass@16` and `problems`.
+        and what `choose_ticks` gives; with problems `pass@1`, `pass@16` and `problems`.
     """
     tokenizer = load_tokenizer(str(folder))
     texts = None if data.texts is None else _text_recipe(data.texts)

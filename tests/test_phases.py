@@ -64,9 +64,12 @@ def test_fine_tuning_calibrates_and_watches(trained):
     folder = trained[0].with_suffix("") / "fine-tune"
     summary = read_summary(folder)
     model = KarlaForCausalLM.from_pretrained(folder)
-    assert model.config.certainty_threshold == summary["threshold"]
+    assert (model.config.certainty_threshold, model.config.ctm_num_ticks) == (
+        summary["threshold"],
+        summary["num_ticks"],
+    )
     assert (model.config.tick_loss, model.config.ponder_cost) == ("mean", 0.01)
-    assert summary["loss_at_threshold"] <= 1.0011 * summary["karla_loss"]
+    assert summary["loss_at_threshold"] <= 1.0031 * summary["karla_loss"]
     assert summary["grokking"]["state"] == "FIT"
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     logged = {key for entry in history for key in entry}
@@ -188,7 +191,7 @@ def test_schedule_that_cannot_be_used(tmp_path, changes, message):
     ("changes", "message"),
     [
         ({"probe_rows": 0}, r"`probe_rows` is 0; give a number from 1 to 512\.$"),
-        ({"max_loss_rise": -1}, r"`max_loss_rise` is -1\.0; give 0 or more, such as 0\.001\.$"),
+        ({"max_loss_rise": -1}, r"`max_loss_rise` is -1\.0; give 0 or more, such as 0\.003\.$"),
         ({"read_texts": -1}, r"`read_texts` is -1; give how many texts the memory reads, or 0 for none\.$"),
         ({"held_out_limit": 0}, r"`held_out_limit` is 0; give 1 or more rows, or leave it out\.$"),
         ({"eval_strategy": "no"}, r"^Grokking is seen by evaluating train and val, but .*set `eval_strategy`\.$"),
