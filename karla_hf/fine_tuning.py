@@ -120,9 +120,11 @@ def choose_ticks(table: TickTable, max_rise: float) -> dict[str, Any]:
     """
     choices: list[dict[str, Any]] = []
     for most in range(1, table.num_ticks + 1):
-        parts = (part[: most + 1] for part in (table.certainties, table.losses, table.hits))
-        found = calibrate(TickTable(*parts, table.group))
-        entries = ({**found.per_tick[-1], "threshold": None, "ticks": float(most)}, *found.per_threshold)
+        end = most + 1
+        part = TickTable(table.certainties[:end], table.losses[:end], table.hits[:end], table.group)
+        found = calibrate(part)
+        all_ticks: dict[str, Any] = {**found.per_tick[-1], "threshold": None, "ticks": float(most)}
+        entries: list[dict[str, Any]] = [all_ticks, *found.per_threshold]
         choices += [
             {"num_ticks": most, "threshold": entry["threshold"], "expected_ticks": entry["ticks"],
              "loss_at_threshold": entry["loss"]}

@@ -136,6 +136,8 @@ class ModularHead(nn.Module):
         modulus: p.
     """
 
+    places: torch.Tensor
+
     def __init__(self, modulus: int, width: int = 128, num_ticks: int = 2):
         super().__init__()
         text = LlamaConfig(vocab_size=2 * modulus + 1, hidden_size=width, num_hidden_layers=1, num_attention_heads=4)
