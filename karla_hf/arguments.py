@@ -73,6 +73,7 @@ class KarlaArguments(ModelArguments):
         muon_learning_rate: learning rate of Muon for the ternary weights; None trains them as the others, with `optim`.
         m3: options of `karla_hf.m3.M3` for them instead: `learning_rate`, and `betas`, `alpha`, `period`, `eps` if wanted.
         update_periods: steps between two changes of the parameters whose names match a regular expression.
+        read_texts: the memory reads the first so many texts of the training data once, when the head is trained.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "python-reference or a Hub data set."})
@@ -90,6 +91,7 @@ class KarlaArguments(ModelArguments):
     muon_learning_rate: float | None = field(default=None, metadata={"help": "Muon's, for the ternary weights."})
     m3: dict | None = field(default=None, metadata={"help": "M3's options, for the ternary weights."})
     update_periods: dict | None = field(default=None, metadata={"help": "Steps between changes, by a name's part."})
+    read_texts: int = field(default=0, metadata={"help": "Texts that the memory reads at the end."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,6 +112,10 @@ class KarlaArguments(ModelArguments):
         if self.muon_learning_rate is not None and self.muon_learning_rate <= 0:
             raise ValueError(
                 f"`muon_learning_rate` is {self.muon_learning_rate}; give a number above 0, such as 0.02."
+            )
+        if self.read_texts < 0:
+            raise ValueError(
+                f"`read_texts` is {self.read_texts}; give how many texts the memory reads, or 0 for none."
             )
         if self.m3 is not None:
             self._check_m3()

@@ -27,6 +27,8 @@ _CURVES = {
     "weight norm": {"grokking/weight_norm": ("weight norm", _TEAL)},
     "grokking": {"grokking/state": ("state", _TEAL)},
     "memory rows": {"memory_rows": ("rows", _TEAL)},
+    "memory writes": {"memory_writes": ("positions", _TEAL)},
+    "surprise of what is read": {"surprise_before": ("before", _GREY), "surprise_after": ("after", _TEAL)},
 }  # fmt: skip
 
 

@@ -27,7 +27,9 @@ SUSPENDED = -(10**9)  # an early-stopping counter that reaches no patience
 
 @dataclass
 class GrokkingOptions:
-    """Where the probes come from, and what is done about what they show. Every action is logged, and taken back.
+    """Where the probes come from, and what is done about what they show.
+
+    Every action is logged. It is taken back when its time is over, or when a run is resumed with its option off.
 
     Attributes:
         grokking_train: name of the fixed part of the training data in the trainer's `eval_dataset`.
@@ -60,7 +62,8 @@ class GrokkingCallback(TrainerCallback, ExportableState):
     happens is kept in the trainer's `log_history` under `grokking/...`, and so reaches its trackers, once `watch_grokking` has
     added the callback. It is saved with checkpoints and goes on from there.
 
-    Early stopping, where an `EarlyStoppingCallback` is passed, is suspended from memorisation until the run grokked.
+    The steps at which it was memorised and reached .5, .95 and .99 are logged when they are known. Early stopping, where an
+    `EarlyStoppingCallback` is passed, is suspended from memorisation until the run grokked.
 
     Args:
         options: `GrokkingOptions` or their fields as a mapping.
@@ -82,6 +85,7 @@ class GrokkingCallback(TrainerCallback, ExportableState):
         self.slow: SlowGradients | None = None
         self.decays: list[float] | None = None  # of the optimiser's groups, before they were raised
         self.rate_factor = 1.0
+        self._suspended = False
         self._pending: dict[str, dict[str, float]] = {}
         self._tag: int | None = None
 
@@ -115,7 +119,7 @@ class GrokkingCallback(TrainerCallback, ExportableState):
                 self._pending[name] = {**metrics, "step": state.global_step}
         if any(self._pending.get(name, {}).get("step") != state.global_step for name in names):
             return
-        before = self.detector.state
+        before, known = self.detector.state, self.detector.summary()
         probe = self._probe(state.global_step, model)
         self._pending.clear()
         if self.detector.probes and probe.step <= self.detector.probes[-1].step:
@@ -124,9 +128,11 @@ class GrokkingCallback(TrainerCallback, ExportableState):
         entry: dict[str, Any] = {"grokking/weight_norm": probe.weight_norm, "grokking/state": list(State).index(now)}
         if now is not before:
             self._announce(before, now)
+        times = {name: value for name, value in self.detector.summary().items() if value != known[name]}
+        entry |= {f"grokking/{name}": value for name, value in times.items() if name != "state" and value is not None}
         entry |= self._act(before, now, state, control, optimizer, lr_scheduler)
+        entry |= self._suspend_early_stopping(control, state)
         self._log(state, entry)
-        self._suspend_early_stopping(control, state)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Amplify slow gradients, if that is on. Gradients have been clipped before."""
@@ -163,27 +169,25 @@ class GrokkingCallback(TrainerCallback, ExportableState):
     def _act(self, before: State, now: State, state, control, optimizer, lr_scheduler) -> dict[str, Any]:
         """Take or take back the actions that are on; returns what to log."""
         logged: dict[str, Any] = {}
-        if self.options.grokking_raise_decay:
-            if now is not State.FIT and self.detector.t99 is None:
-                logged |= self._raise_decay(optimizer)
-            elif self.decays is not None and (now is State.FIT or self.detector.t99 is not None):
-                logged |= self._restore_decay(optimizer)
-        if self.options.grokking_slow_gradients:
-            if now is State.STALLED and self.slow is None:
-                self.slow = SlowGradients()
-                logged["grokking/slow_gradients"] = 1
-            elif now in (State.GROKKED, State.FIT) and self.slow is not None:
-                self.slow = None
-                logged["grokking/slow_gradients"] = 0
-        if now is State.GROKKED and before is not now:
-            logged |= {f"grokking/{name}": value for name, value in self.detector.summary().items() if name != "state"}
-        if self.options.grokking_finish and now is State.GROKKED:
+        options, over = self.options, now in (State.FIT, State.GROKKED)
+        if options.grokking_raise_decay and now is not State.FIT and self.detector.t99 is None:
+            logged |= self._raise_decay(optimizer)
+        elif self.decays is not None:
+            logged |= self._restore_decay(optimizer)
+        if options.grokking_slow_gradients and now is State.STALLED and self.slow is None:
+            self.slow = SlowGradients()
+            logged["grokking/slow_gradients"] = 1
+        elif self.slow is not None and (over or not options.grokking_slow_gradients):
+            self.slow = None
+            logged["grokking/slow_gradients"] = 0
+        factor = 1.0
+        if options.grokking_finish and now is State.GROKKED:
+            factor = max(FINAL_RATE, RATE_DECAY * self.rate_factor)
             if before is not now:
                 self._tag, control.should_save = state.global_step, True
-            if self.rate_factor > FINAL_RATE:
-                factor = max(FINAL_RATE, RATE_DECAY * self.rate_factor)
-                _scale_rate(optimizer, lr_scheduler, factor / self.rate_factor)
-                self.rate_factor = logged["grokking/learning_rate_factor"] = factor
+        if factor != self.rate_factor:
+            _scale_rate(optimizer, lr_scheduler, factor / self.rate_factor)
+            self.rate_factor = logged["grokking/learning_rate_factor"] = factor
         for name, value in logged.items():
             logger.info(f"step {state.global_step}: {name} {value}")
         return logged
@@ -204,17 +208,19 @@ class GrokkingCallback(TrainerCallback, ExportableState):
         highest, self.decays = max(self.decays), None
         return {"grokking/weight_decay": highest}
 
-    def _suspend_early_stopping(self, control, state) -> None:
+    def _suspend_early_stopping(self, control, state) -> dict[str, Any]:
+        """Keep early stopping from stopping while the run may still grok; returns what to log."""
         if self.early_stopping is None:
-            return
-        waiting = self.detector.state not in (State.FIT, State.GROKKED)
-        counter = self.early_stopping.early_stopping_patience_counter
-        if waiting:
+            return {}
+        before, self._suspended = self._suspended, self.detector.state not in (State.FIT, State.GROKKED)
+        if self._suspended:
+            counter = self.early_stopping.early_stopping_patience_counter
             if counter >= self.early_stopping.early_stopping_patience and state.global_step < state.max_steps:
                 control.should_training_stop = False  # it asked to stop at this very evaluation
             self.early_stopping.early_stopping_patience_counter = SUSPENDED
-        elif counter < 0:
+        elif before:
             self.early_stopping.early_stopping_patience_counter = 0
+        return {} if before is self._suspended else {"grokking/early_stopping": int(not self._suspended)}
 
     def _announce(self, before: State, now: State) -> None:
         step, found = self.detector.probes[-1].step, self.detector

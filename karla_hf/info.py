@@ -98,7 +98,7 @@ def describe_levels(model: KarlaForCausalLM, directory: str | Path) -> list[Leve
         Level("L0", "backbone", _num_parameters(frozen), _num_trainable(frozen), backbone_disk,
               _num_bytes(_tensors(frozen)), "never", BUDGET["L0"]),
         Level("L1", "memory", values, 0, disk["memory"],
-              memory, _memory_period(engram), None),
+              memory, memory_period(engram), None),
         Level("L2", "head", _num_parameters(head.modules()),
               _num_trainable(head.modules()), disk["head"], _num_bytes(_tensors(head.modules())),
               "every training step", BUDGET["L2"]),
@@ -134,7 +134,7 @@ def describe_packs(engram: Engram, directory: str | Path) -> list[Pack]:
     ]
 
 
-def _memory_period(engram: Engram) -> str:
+def memory_period(engram: Engram) -> str:
     """When the memory's levels change: "every 64, 512 and 4096 tokens read"."""
     *others, last = [str(period * engram.layout.chunk_size) for period in engram.layout.update_periods]
     return f"every {', '.join(others)} and {last} tokens read" if others else f"every {last} tokens read"

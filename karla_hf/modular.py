@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 from torch.utils.data import Dataset, Subset
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, LlamaConfig, Trainer, TrainingArguments, set_seed
 
 from karla_hf.arguments import fill, read_recipe
 from karla_hf.grokking import State
 from karla_hf.grokking_callback import GrokkingOptions, watch_grokking
-from karla_hf.modeling.configuration_ctm import CtmConfig
-from karla_hf.modeling.modeling_ctm import CtmModel
+from karla_hf.modeling.attention_karla import cut_blocks
+from karla_hf.modeling.configuration_karla import KarlaConfig
+from karla_hf.modeling.modeling_karla import KarlaForCausalLM
 from karla_hf.report import write_json
 
 
@@ -44,7 +45,7 @@ class ModularArguments:
     Attributes:
         modulus: p, at least 2.
         train_share: share of the p^2 pairs that is trained on, above 0 and below 1.
-        learner: "mlp", or "ctm": a `CtmModel`, Karla's thinking head in its published form.
+        learner: "mlp", or "ctm": Karla's thinking head.
     """
 
     modulus: int = 31
@@ -125,28 +126,50 @@ class ModularMlp(nn.Module):
         return {**loss, "logits": logits}
 
 
-class ModularCtm(nn.Module):
-    """A Continuous Thought Machine that looks at both numbers and answers at its most certain tick.
+class ModularHead(nn.Module):
+    """Karla's thinking head over the embeddings of both numbers and of the question, which it answers after its last tick.
+
+    The head is as it is over a backbone, in ternary weights, with neurons beside its stream; the embeddings stand where the
+    backbone's states do. Each place has embeddings of its own, so that a + b and b + a are different problems.
 
     Args:
         modulus: p.
     """
 
-    def __init__(self, modulus: int):
+    places: torch.Tensor
+
+    def __init__(self, modulus: int, width: int = 128, num_ticks: int = 2):
         super().__init__()
-        config = CtmConfig(
-            vocab_size=modulus, output_size=modulus, num_ticks=4, num_neurons=128, hidden_size=64, feature_size=64,
-            num_attention_heads=4, history_length=4, neuron_hidden_size=4, num_action_neurons=64, num_output_neurons=64,
-            dropout=0.0,
+        text = LlamaConfig(vocab_size=2 * modulus + 1, hidden_size=width, num_hidden_layers=1, num_attention_heads=4)
+        config = KarlaConfig(
+            text_config=text, ctm_num_ticks=num_ticks, ctm_stream_size=4 * width, ctm_hidden_size=64, ctm_num_heads=4,
+            ctm_num_neurons=64, ctm_num_pairs=64, ctm_num_self_pairs=8, ctm_source_layers=[0], engram_rows_per_head=8,
         )  # fmt: skip
-        self.ctm = CtmModel(config)
+        self.head = KarlaForCausalLM(config, init_backbone=False).model.ctm
+        self.embedding = nn.Embedding(2 * modulus + 1, width)
+        self.answer = nn.Linear(width, modulus, bias=False)
+        self.num_ticks, self.window = num_ticks, config.ctm_window
+        self.register_buffer("places", torch.tensor([0, modulus, 2 * modulus]), persistent=False)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """`logits` [n, p], and `loss` if there are labels [n], for pairs [n, 2]."""
-        out = self.ctm(input_ids=input_ids, labels=None if labels is None else labels[:, None])
-        surest = out.certainties[:, 1].argmax(1)
-        logits = out.predictions[torch.arange(len(surest)), :, surest]
-        return {"logits": logits} if labels is None else {"loss": out.loss, "logits": logits}
+        states = self.embedding(nn.functional.pad(input_ids, (0, 1)) + self.places)  # [n, 3, D]
+        positions = torch.arange(3, device=states.device).expand(len(states), -1)
+        memory, valid = self.head.memory, torch.ones_like(positions, dtype=torch.bool)
+        keys_values = memory(states[:, :, None], positions)
+        blocks = cut_blocks(keys_values, valid, memory.registers, positions[:, 2:], self.window)
+        thought = states[:, 2] + self.head(states[:, 2:], blocks, self.num_ticks)
+        logits = self.answer(thought)
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+class ModularTrainer(Trainer):
+    """A `Trainer` in which only weights decay: no biases, norms, start states, temperatures or decays."""
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Names of the parameters that decay."""
+        return [name for name in super().get_decay_parameter_names(model) if "weight" in name.rpartition(".")[2]]
 
 
 def run_modular(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -171,9 +194,9 @@ def run_modular(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     arguments.per_device_train_batch_size = len(training)
     arguments.per_device_eval_batch_size = max(len(training), len(validation))
     set_seed(arguments.seed)
-    model = ModularMlp(task.modulus) if task.learner == "mlp" else ModularCtm(task.modulus)
+    model = ModularMlp(task.modulus) if task.learner == "mlp" else ModularHead(task.modulus)
     probe = Subset(training, range(min(PROBE_ROWS, len(training))))
-    trainer = Trainer(
+    trainer = ModularTrainer(
         model=model,
         args=arguments,
         train_dataset=training,

@@ -7,7 +7,11 @@ from typing import Any
 import yaml
 
 
-ALIASES = {"epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+ALIASES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_checkpointing": "activation_checkpointing",  # its name before transformers 5.23, which a recipe's would go before
+}
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

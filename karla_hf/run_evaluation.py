@@ -96,8 +96,8 @@ def measure(
         file: where samples for pass@k are kept, so that an interrupted pass goes on; None keeps none.
 
     Returns:
-        `memory_rows`; with texts `held_out_loss`, `backbone_loss`, `tokens`, `expected_ticks`, `threshold` and
-        `loss_at_threshold`; with problems `pass@1`, `pass@16` and `problems`.
+        `memory_rows`; with texts `held_out_loss`, `backbone_loss`, `loss_without_memory` if it has rows, `tokens`,
+        and what `choose_ticks` gives; with problems `pass@1`, `pass@16` and `problems`.
     """
     tokenizer = load_tokenizer(str(folder))
     texts = None if data.texts is None else _text_recipe(data.texts)
@@ -121,15 +121,20 @@ def measure(
 
 
 def _measure_texts(model: KarlaForCausalLM, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+    """Losses with memory and, where it holds something, without; ticks are expected of the memory as it is."""
     corpus = warmup.load_texts(recipe.arguments)
     held_out = warmup.Corpus(corpus.held_out, corpus.held_out)
     trainer = warmup.make_trainer(recipe, model, tokenizer, held_out)
     rows = cast(Dataset, trainer.eval_dataset)
     batch_size = recipe.training.per_device_eval_batch_size
     backbone, karla, tokens = warmup.held_out_losses(model, rows, trainer.plain_collator, batch_size)
+    result = {"held_out_loss": karla, "backbone_loss": backbone, "tokens": tokens}
+    if any(pack.num_owned for pack in model.engram.packs.values()):
+        model.use_memory(False)
+        result["loss_without_memory"] = warmup.held_out_losses(model, rows, trainer.plain_collator, batch_size)[1]
+        model.use_memory(True)
     rise = getattr(recipe.arguments, "max_loss_rise", FineTuneArguments.max_loss_rise)
-    ticks = expect_ticks(model, trainer, rows, rise)
-    return {"held_out_loss": karla, "backbone_loss": backbone, "tokens": tokens, **ticks}
+    return {**result, **expect_ticks(model, trainer, rows, rise)}
 
 
 def _text_recipe(folder: Path) -> Recipe:
@@ -145,7 +150,8 @@ def _pope_recipe(folder: Path) -> PopeRecipe:
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """What `measure` gave, a line for each name."""
-    columns = {"held-out loss": ("held_out_loss", ".4f"), "bare backbone": ("backbone_loss", ".4f"),
+    columns = {"held-out loss": ("held_out_loss", ".4f"), "memory off": ("loss_without_memory", ".4f"),
+               "bare backbone": ("backbone_loss", ".4f"),
                "pass@1": ("pass@1", ".3f"), "pass@16": ("pass@16", ".3f"), "expected ticks": ("expected_ticks", ".2f"),
                "memory rows": ("memory_rows", ",")}  # fmt: skip
     caption = (

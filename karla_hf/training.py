@@ -28,6 +28,7 @@ from karla_hf.modeling.ternary_karla import CODES_PER_BYTE
 from karla_hf.report import new_console, new_table, write_json
 from karla_hf.runs import SUMMARY, PhaseName, keep_recipe, last_checkpoint
 from karla_hf.trainer import KarlaSFTTrainer
+from karla_hf.training_reading import clock, read_rows
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,8 @@ def run_recipe(
     """Train what a recipe says, save it, and compare it with its bare backbone on the held-out rows.
 
     Writes to `output_dir`: the Karla, packed unless `save_packed` is false, its tokenizer, TRL's checkpoints (of the head
-    alone, in floats), and `summary.json`. Prints the comparison. Only the head is trained; the backbone and the memory are not modified.
+    alone, in floats), and `summary.json`. Prints the comparison. Only the head is trained; the backbone is not modified, and
+    the memory only reads if `read_texts` says so, once the head is trained.
 
     Args:
         path: the recipe; see `parse_recipe`. `resume_from_checkpoint` is a checkpoint's folder, or true for the last
@@ -86,7 +88,7 @@ def run_recipe(
     seconds = time.perf_counter() - start
     summary: dict[str, Any] = {}
     if trainer.is_world_process_zero():
-        summary = _finish(trainer, tokenizer, recipe, path, held_out, seconds)
+        summary = _finish(trainer, tokenizer, recipe, path, corpus.train, held_out, seconds)
         summary |= extend(trainer, recipe, held_out) if extend is not None else {}
         write_json(Path(str(training.output_dir), SUMMARY), summary)  # last: by it a run is known to be finished
     trainer.accelerator.wait_for_everyone()
@@ -231,18 +233,22 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
     path: str | Path,
+    texts: Dataset,
     rows: Dataset,
     seconds: float,
 ) -> dict[str, Any]:
-    """Save the model and the log, measure it, and print the summary."""
+    """Let the memory read, save the model and the log, measure it, and print the summary."""
     model, output = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
+    batch_size, read = trainer.args.per_device_eval_batch_size, {}
+    if recipe.arguments.read_texts:
+        _, before, _ = held_out_losses(model, rows, trainer.plain_collator, batch_size)
+        read = {"loss_before_reading": before}
+        read |= read_rows(model, tokenizer, trainer, texts, recipe.arguments.read_texts)
     model.pack(recipe.arguments.save_packed)  # the outputs stay bit for bit what they are
     model.save_pretrained(output)  # not trainer.save_model, which would add a pickle of the arguments
     tokenizer.save_pretrained(output)
     trainer.save_state()
-    backbone_loss, karla_loss, tokens = held_out_losses(
-        model, rows, trainer.plain_collator, trainer.args.per_device_eval_batch_size
-    )
+    backbone_loss, karla_loss, tokens = held_out_losses(model, rows, trainer.plain_collator, batch_size)
     summary = {
         "recipe": str(path),
         "model": recipe.arguments.model_name_or_path,
@@ -255,6 +261,8 @@ def _finish(
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "tick_loss": model.config.tick_loss,
+        "levels": clock(model, recipe.arguments.update_periods),
+        **read,
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {model.device.type}",
         "versions": {name: version(name) for name in ("karla-hf", "torch", "transformers", "trl")},

@@ -148,6 +148,46 @@ def test_a_run_that_grokked_slows_down_and_is_kept(tmp_path):
     assert schedule.base_lrs == pytest.approx([0.01, 0.01])
 
 
+def test_actions_are_taken_back_when_a_run_goes_on_without_them(tmp_path):
+    options = GrokkingOptions(grokking_raise_decay=True, grokking_finish=True, grokking_slow_gradients=True)
+    callback, optimizer, schedule = acting(State.GROKKED, options)
+    trainer = tiny_trainer(tmp_path)
+    act = lambda before, now: callback._act(before, now, trainer.state, trainer.control, optimizer, schedule)  # noqa: E731
+    act(State.MEMORISED, State.STALLED)
+    callback.options = GrokkingOptions()
+    assert act(State.STALLED, State.STALLED) == {"grokking/weight_decay": 0.01, "grokking/slow_gradients": 0}
+    callback.options = options
+    assert act(State.PRE_GROK, State.GROKKED)["grokking/learning_rate_factor"] == pytest.approx(0.95)
+    callback.options = GrokkingOptions()
+    assert act(State.GROKKED, State.GROKKED) == {"grokking/weight_decay": 0.01, "grokking/learning_rate_factor": 1.0}
+    assert schedule.base_lrs == pytest.approx([0.1, 0.1])
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [
+        (pytest.approx(0.1), 0.01),
+        (pytest.approx(0.1), 0.0),
+    ]
+
+
+def test_times_and_early_stopping_are_logged_when_they_change(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_strategy="steps")
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    callback = watch_grokking(trainer, early_stopping=stopping)
+    for step, score in ((1, 0.0), (2, 0.0), (10, 0.6), (11, 0.96), (12, 0.97), (13, 1.0)):
+        trainer.state.global_step = step
+        for part, accuracy in (("train", 1.0), ("val", score)):
+            metrics = {f"eval_{part}_loss": 1.0, f"eval_{part}_accuracy": accuracy}
+            callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics, trainer.model)
+    history = {entry["step"]: entry for entry in trainer.state.log_history}
+    dropped = ("step", "epoch", "grokking/weight_norm", "grokking/state")
+    assert {step: {k: v for k, v in entry.items() if k not in dropped} for step, entry in history.items()} == {
+        1: {},
+        2: {"grokking/mem_step": 2, "grokking/early_stopping": 0},
+        10: {"grokking/t50": 10},
+        11: {"grokking/t95": 11, "grokking/delay_ratio": 5.5},
+        12: {"grokking/detected_step": 12, "grokking/early_stopping": 1},
+        13: {"grokking/t99": 13},
+    }
+
+
 def test_early_stopping_waits_from_memorising_until_it_grokked(tmp_path):
     trainer = tiny_trainer(tmp_path)
     stopping = EarlyStoppingCallback(early_stopping_patience=2)

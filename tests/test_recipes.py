@@ -176,3 +176,5 @@ def test_epochs_and_batch_size_are_aliases(recipe):
     training = parse_recipe(recipe(max_steps=7), ["--epochs", "2", "--batch-size=3"]).training
     assert (training.num_train_epochs, training.max_steps, training.per_device_train_batch_size) == (2, -1, 3)
     assert parse_recipe(recipe(), ["--epochs", "2", "--max_steps", "5"]).training.max_steps == 5
+    training = parse_recipe(recipe(activation_checkpointing=False), ["--gradient_checkpointing", "true"]).training
+    assert (training.activation_checkpointing, training.gradient_checkpointing) == (True, True)

@@ -9,6 +9,7 @@ import pytest
 from schedules import write_schedule
 from typer.testing import CliRunner
 
+from karla_hf import KarlaForCausalLM
 from karla_hf.cli import app
 from karla_hf.errors import as_sentence
 from karla_hf.phases import run
@@ -116,6 +117,27 @@ def test_trackio_keeps_all_here_and_tells_no_token(tmp_path):
         assert token not in shown
         for file in stored:
             assert token.encode() not in file.read_bytes() or file.name == "training_args.bin", file
+
+
+def test_what_the_memory_reads_is_logged_drawn_and_kept(tmp_path):
+    write_schedule(tmp_path)
+    text = {"max_steps": 1, "save_steps": 1, "read_texts": 5, "report_to": "tensorboard"}
+    values = {**text, "model_name_or_path": str(tmp_path / "backbone"), "output_dir": str(tmp_path / "out")}
+    summary = run(
+        tmp_path / "warmup.yaml", [part for key, value in values.items() for part in (f"--{key}", json.dumps(value))]
+    )
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    (entry,) = [entry for entry in history if "memory_writes" in entry]
+    for key in ("memory_writes", "memory_rows", "surprise_before", "surprise_after"):
+        assert entry[key] == summary[key]
+    assert entry["surprise_after"] < entry["surprise_before"]
+    pack = KarlaForCausalLM.from_pretrained(tmp_path / "out").engram.packs["training"]
+    assert 0 < entry["memory_writes"] <= pack.tokens
+    assert pack.num_owned == entry["memory_rows"]
+    assert summary["loss_before_reading"] != summary["karla_loss"]
+    assert summary["levels"]["L1"] == "every 64, 512 and 4096 tokens read"
+    assert plot_run(tmp_path / "out")[-3:] == ["memory rows", "memory writes", "surprise of what is read"]
+    assert any(b"memory_writes" in events.read_bytes() for events in tmp_path.rglob("events.out.tfevents*"))
 
 
 def test_memory_rows_are_logged_where_there_are_some(tmp_path):
