@@ -15,7 +15,12 @@ from karla_hf.pope_arguments import parse_pope_recipe
 RECIPES = Path(__file__).parents[1] / "recipes"
 OWN_COMMAND = {"parity", "pope-demo"}
 FILES = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in OWN_COMMAND)
-ELSEWHERE = ("all", "modular-addition", "pretrain", "python-docs")  # parsed in test_phases, test_modular and test_hope_training
+ELSEWHERE = (
+    "all",
+    "modular-addition",
+    "pretrain",
+    "python-docs",
+)  # parsed in test_phases, test_modular and test_hope_training
 TRAINED = [path for path in FILES if path.stem not in ELSEWHERE]
 
 
