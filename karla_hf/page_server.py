@@ -70,13 +70,13 @@ class Guard:
             await send(message)
 
         async def receive_until_closing() -> Message:
-            tasks = [asyncio.ensure_future(awaitable) for awaitable in (receive(), self.closing.wait())]
+            message, end = asyncio.ensure_future(receive()), asyncio.ensure_future(self.closing.wait())
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                return tasks[0].result() if tasks[0].done() else {"type": "http.disconnect"}
+                await asyncio.wait((message, end), return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
             finally:
-                for task in tasks:
-                    task.cancel()
+                message.cancel()
+                end.cancel()
 
         if scope["type"] != "http":
             await self.app(scope, receive, send)

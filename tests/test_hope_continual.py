@@ -133,5 +133,5 @@ def test_keys_written_once_are_recalled(recall):
 def test_the_stream_needs_a_trained_hope(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench = load_bench("hope_continual")
-    with pytest.raises(FileNotFoundError, match="There is no trained HOPE in outputs/hope-minilm"):
+    with pytest.raises(FileNotFoundError, match="There is no trained HOPE in outputs/hope-python-docs"):
         bench.run()

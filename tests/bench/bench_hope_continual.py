@@ -1,6 +1,6 @@
 """Six documents of six kinds, one after another: the forgetting matrix of a HOPE that learns, and of two others.
 
-Needs the HOPE that `karla train recipes/hope-minilm/pretrain.yaml` makes.
+Needs the HOPE that `karla train recipes/hope-minilm/python-docs.yaml` makes.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from karla_hf.hope_checkpoints import load_hope
 from karla_hf.hope_continual import compare_hope_streams
 
 
-FOLDER = Path("outputs/hope-minilm")
+FOLDER = Path("outputs/hope-python-docs")
 TOKENS = 320
 
 
@@ -21,7 +21,7 @@ def run():
     """Perplexities of all documents read so far after each of them."""
     if not FOLDER.is_dir():
         raise FileNotFoundError(
-            f"There is no trained HOPE in {FOLDER}; make it with `karla train recipes/hope-minilm/pretrain.yaml`."
+            f"There is no trained HOPE in {FOLDER}; make it with `karla train recipes/hope-minilm/python-docs.yaml`."
         )
     model, tokenizer = load_hope(FOLDER)
     continual = load_bench("continual")
