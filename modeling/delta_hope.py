@@ -11,8 +11,8 @@ S at the last boundary of the head's period (nested learning, https://arxiv.org/
 where |x| = x / ||x||. Every target has norm 1 and every factor of S lies in [0, 1], so S stays bounded. Since M changes at
 boundaries only, a chunk is one triangular system for all memories (the WY form of https://arxiv.org/abs/2412.06464):
 
-    (I + tril_{-1}(eta_t e^{g_t - g_s} k_t . k_s)) W = eta (u - e^g K S^T),     g = cumulated log alpha
-    o = e^g Q S_content^T + tril(Q K^T e^{g_t - g_s}) W_content,      S <- e^{g_C} S + W^T (K e^{g_C - g})
+    (I + tril_{-1}(k_t . k_s e^{g_t - g_s} eta_s)) E = u - e^g K S^T,      g = cumulated log alpha
+    o = e^g Q S_content^T + tril(q_t . k_s e^{g_t - g_s} eta_s) E_content,      S <- e^{g_C} S + E^T (eta K e^{g_C - g})
 
 All of it is computed in float32 (float64 for float64 streams), also under autocast, and is differentiable through the writes.
 """
@@ -173,13 +173,13 @@ def _chunk(running, query, key, target, eta, log_alpha):
     size = key.shape[-1]
     g = log_alpha.cumsum(-1)
     decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).tril().exp()  # entries above the diagonal are not used
+    read, write = (query @ key.mT * decay).tril(), key @ key.mT * decay
     eta, grown = eta.unsqueeze(-1), g.exp().unsqueeze(-1)
-    lower = key @ key.mT * (decay * eta)
-    right = eta * torch.addcmul(target, grown, key @ running.mT, value=-1)
-    written = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
-    output = grown * (query @ running[:, :size].mT) + (query @ key.mT * decay).tril() @ written[..., :size]
+    right = torch.baddbmm(target, grown * key, running.mT, alpha=-1)
+    error = torch.linalg.solve_triangular(write * eta.mT, right, upper=False, unitriangular=True)
+    output = torch.baddbmm((read * eta.mT) @ error[..., :size], grown * query, running[:, :size].mT)
     rest = (g[:, -1:] - g).exp().unsqueeze(-1)
-    return output, torch.baddbmm(grown[:, -1:] * running, written.mT, key * rest)
+    return output, torch.baddbmm(grown[:, -1:] * running, error.mT, key * (rest * eta))
 
 
 def _token(running, query, key, target, eta, log_alpha):
