@@ -4,9 +4,12 @@ Batch 4, 512 tokens, 6 heads of 64. `chunk_*`, `jit_*`, `titans_*`: the self-ref
 `delta_hope`; its peers are the same mathematics token by token, eager and scripted, and `NeuralMemory` with its projections.
 `titans_layer_*` compares whole layers: projections and convolution are in ours too. `decode_*`: the default model over a
 random encoder of Granite's shape, in CPU time; 64 tokens, so that one chunk's encoding is in. `state_mb` has the limit as its peer.
+Freed memory stays with the process, for all alike: otherwise a peer's gigabytes are what the next call pays page faults for.
 """
 
 import copy
+import ctypes
+import platform
 import statistics
 import time
 
@@ -21,6 +24,7 @@ from karla_hf.modeling.layer_hope import Plan, SelfModifyingMemory
 
 BATCH, LENGTH, HEADS, HEAD_DIM, CHUNK = 4, 512, 6, 64, 64
 ROUNDS = 3
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # names in glibc's malloc.h
 
 
 def unit(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -158,8 +162,17 @@ def decode_results():
     yield Result("state_mb", caches[512].num_bytes / 1e6, "MB", "limit", 20.0)
 
 
+def keep_freed_memory():
+    """Let glibc give nothing back, as `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_MAX_` do; elsewhere nothing is changed."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(MMAP_MAX, 0)
+
+
 def rows():
     """All rows."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield from core_rows()
