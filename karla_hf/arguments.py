@@ -59,7 +59,7 @@ class KarlaArguments(ModelArguments):
         dataset_config: its configuration on the Hub.
         dataset_split: its split on the Hub.
         dataset_files: files to train on instead of a named data set: `.jsonl` with `text`, `messages` or `prompt` and
-            `completion` on each line, anything else as one plain text each.
+            `completion` on each line, anything else as one plain text each; a folder stands for the texts in it.
         held_out_share: share of the rows, above 0 and below 1, that is kept from training and measured at the end; the
             Python reference has a fixed split by topic instead.
         held_out_limit: measure on the first so many held-out rows, counted after packing; None takes all.

@@ -107,8 +107,7 @@ def measure(
     dtype = first.arguments.backbone_dtype
     model = KarlaForCausalLM.from_pretrained(str(folder), backbone_kwargs={} if dtype is None else {"dtype": dtype})
     model.to(first.training.device).eval()
-    packs = model.engram.packs.values()
-    result: dict[str, Any] = {"memory_rows": sum(pack.num_owned for pack in packs)}
+    result: dict[str, Any] = {"memory_rows": sum(model.packs().values())}
     if texts is not None:
         result |= _measure_texts(model, tokenizer, texts)
     if known is not None:
@@ -129,7 +128,7 @@ def _measure_texts(model: KarlaForCausalLM, tokenizer: Any, recipe: Recipe) -> d
     batch_size = recipe.training.per_device_eval_batch_size
     backbone, karla, tokens = warmup.held_out_losses(model, rows, trainer.plain_collator, batch_size)
     result = {"held_out_loss": karla, "backbone_loss": backbone, "tokens": tokens}
-    if any(pack.num_owned for pack in model.engram.packs.values()):
+    if any(model.packs().values()):
         model.use_memory(False)
         result["loss_without_memory"] = warmup.held_out_losses(model, rows, trainer.plain_collator, batch_size)[1]
         model.use_memory(True)

@@ -233,7 +233,7 @@ class KarlaSFTTrainer(PublishingTrainerMixin, SFTTrainer):
         """Log, and add `ticks`, `certainty` and, of a memory that holds some, `memory_rows` to the entries of training."""
         if "loss" in logs:
             logs.update(self.measure_thought())
-            rows = sum(pack.num_owned for pack in self.model.engram.packs.values())
+            rows = sum(self.model.packs().values())
             logs.update({"memory_rows": rows} if rows else {})
         super().log(logs, start_time)
 

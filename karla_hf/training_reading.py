@@ -39,7 +39,7 @@ def read_rows(
     """
     texts = [as_text(row, tokenizer) for row in rows.select(range(min(count, len(rows))))]
     report = model.read(texts, tokenizer, pack=PACK)
-    held = sum(pack.num_owned for pack in model.engram.packs.values())
+    held = sum(model.packs().values())
     found = {"memory_rows": held, "memory_writes": report.positions_written,
              "surprise_before": report.surprise_before, "surprise_after": report.surprise_after}  # fmt: skip
     trainer.log(dict(found))
