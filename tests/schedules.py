@@ -3,23 +3,12 @@
 import json
 
 import yaml
-from tiny import CHAT_TEMPLATE, OPTIONS, save_backbone
+from tiny import CHAT_TEMPLATE, OPTIONS, TRAINING, save_backbone
 
 from karla_hf.facts import make_facts
 from karla_hf.pope import reward_function
 
 
-TRAINING = {
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 TEXTS = {**TRAINING, "max_length": 32, "packing": True, "packing_strategy": "wrapped", "max_steps": 4, "save_steps": 2}
 POPE = {
     "num_samples": 2,

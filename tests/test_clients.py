@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, OPTIONS, save_backbone, save_karla, speak
+from tiny import TRAINING as TINY_TRAINING
 
 from karla_hf import KarlaForCausalLM
 from karla_hf.checkpoints import load_checkpoint
@@ -27,18 +28,7 @@ from karla_hf.facts import make_facts
 
 ROOT = Path(__file__).parent.parent
 FACTS = make_facts(6)
-TRAINING = {
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
-    "per_device_train_batch_size": 4,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "learning_rate": 1e-2,
-    "seed": 0,
-}
+TRAINING = {**TINY_TRAINING, "seed": 0}
 # What a process runs that has transformers, and of Karla only what its folder holds.
 WITHOUT_THE_PACKAGE = """
 import sys

@@ -26,6 +26,17 @@ OPTIONS = {
     "ctm_window": 8,
     "ctm_num_ticks": 3,
 }
+TRAINING = {
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
